@@ -1,0 +1,47 @@
+"""What went wrong, in words a user can act on. Imports nothing of ours; every module may import it.
+
+A message says WHAT - WHERE - DO THIS in at most five lines. The command line prints it without a
+traceback and leaves with ``exit_code``; in Python it is an ordinary ``ValueError``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PellucidError(ValueError):
+    """A wrong input or a refused operation. Its message names what was wrong and what to do."""
+
+    exit_code = 2
+
+
+class DataError(PellucidError):
+    """The data cannot be used: missing, empty, unreadable, too few images."""
+
+
+class ConfigError(PellucidError):
+    """An option or a combination of options that cannot be."""
+
+
+class CheckpointError(PellucidError):
+    """A saved model or run that cannot be used as asked, or could not be saved."""
+
+
+class NumericsError(PellucidError):
+    """A loss, gradient or tensor that is not finite. Raised before anything was changed by it."""
+
+
+class Stopped(PellucidError):
+    """Stopped on purpose by a signal, with everything saved. Not a failure."""
+
+    exit_code = 75
+
+
+def suggest(given: str, known: Iterable[str]) -> str:
+    """``" - did you mean 'x'?"`` for the nearest known name, or the list of names when none is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(given, known, n=1, cutoff=0.6)
+    if near:
+        return f" - did you mean '{near[0]}'?"
+    return f" - known: {', '.join(known)}" if known else ""

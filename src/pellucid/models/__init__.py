@@ -1,0 +1,7 @@
+"""Architectures: steps unrolled, from images to features. Importing this registers them with timm."""
+
+from pellucid.models.crate import CRATE
+from pellucid.models.create import create_model, list_models
+from pellucid.models.published import from_published
+
+__all__ = ["CRATE", "create_model", "from_published", "list_models"]

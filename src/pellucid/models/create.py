@@ -1,0 +1,58 @@
+"""Models by name: ours and timm's."""
+
+from __future__ import annotations
+
+import inspect
+from types import ModuleType
+from typing import Any
+
+import timm
+from torch import nn
+
+from pellucid.errors import ConfigError, suggest
+from pellucid.models import crate, vit
+
+FAMILIES = (crate, vit)
+
+
+def list_models() -> list[str]:
+    """Names of the models defined here, white-box ones first. Any timm name works as well."""
+    return [name for family in FAMILIES for name in sorted(_names(family))]
+
+
+def create_model(name: str, *, pretrained: bool = False, **model_args: Any) -> nn.Module:
+    """A model by its name in timm's registry, ours included.
+
+    Args:
+        name: such as ``"crate_tiny_patch16_224"`` or any timm model.
+        pretrained: take timm's published weights (needs the network; none of ours are published yet).
+        model_args: sizes and options of the architecture, such as ``num_classes``, ``img_size``, ``depth``.
+
+    Raises:
+        ConfigError: an unknown name or option, with the nearest known one; sizes that do not fit.
+    """
+    if not timm.is_model(name):
+        ours = list_models()
+        raise ConfigError(f"unknown model '{name}'{suggest(name, ours + timm.list_models('vit_*'))}")
+    if pretrained and name in list_models():
+        raise ConfigError(f"no published weights for {name} yet - leave out pretrained, or train it")
+    check_model_args(name, model_args)
+    try:
+        return timm.create_model(name, pretrained=pretrained, **model_args)
+    except (ValueError, AssertionError, TypeError) as error:
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def check_model_args(name: str, model_args: dict[str, Any]) -> None:
+    """Refuse an option that the architecture does not have. Only ours are known by name."""
+    if name not in list_models():
+        return
+    cls: Any = crate.CRATE if name in _names(crate) else vit.VisionTransformer
+    known = set(inspect.signature(cls.__init__).parameters) - {"self"}
+    for key in model_args:
+        if key not in known | {"features_only", "out_indices"}:
+            raise ConfigError(f"unknown model option '{key}' for {name}{suggest(key, known)}")
+
+
+def _names(family: ModuleType) -> set[str]:
+    return {name.split(".")[0] for name in family.default_cfgs}

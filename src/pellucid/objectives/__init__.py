@@ -1,0 +1,34 @@
+"""What is optimised: pure functions from tokens to one number per sample. Imports torch only.
+
+Tokens are rows. ``z`` has shape ``(..., n, d)``: n tokens of width d; leading dimensions are a batch and are
+kept. The papers write tokens as columns, so their ``Z`` is our ``z.mT``. Rates are in nats, carry the 1/2,
+and ``eps`` is the distortion itself, not its square.
+"""
+
+from pellucid.objectives.coding_rate import (
+    class_coding_rate,
+    coding_rate,
+    nats_to_bits,
+    rate_reduction,
+    sparse_rate_reduction,
+    subspace_coding_rate,
+)
+from pellucid.objectives.reconstruction import (
+    lasso,
+    nonnegative_lasso,
+    nonzero_fraction,
+    squared_error,
+)
+
+__all__ = [
+    "class_coding_rate",
+    "coding_rate",
+    "lasso",
+    "nats_to_bits",
+    "nonnegative_lasso",
+    "nonzero_fraction",
+    "rate_reduction",
+    "sparse_rate_reduction",
+    "squared_error",
+    "subspace_coding_rate",
+]

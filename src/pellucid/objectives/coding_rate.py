@@ -1,0 +1,217 @@
+r"""Coding rates: the nats it takes to store tokens up to a distortion, whole or by parts.
+
+The lossy coding rate of ``n`` tokens of width ``d`` (Ma, Derksen, Hong and Wright 2007) is
+
+.. math:: R(Z; \epsilon) = \tfrac12 \log\det\Bigl(I + \tfrac{d}{n\epsilon^2} Z^\top Z\Bigr).
+
+Representations are good when the whole is expensive and the parts are cheap: rate reduction
+(Yu et al. 2020) codes the parts by classes, sparse rate reduction (Yu et al. 2023) by subspaces and asks
+for few non-zeros besides.
+
+Every rate here goes through one determinant, :func:`_half_logdet`: on the smaller of the two Gram matrices
+(equal by Sylvester's identity), by Cholesky of ``I + a Z Z^T``, in float32 or better whatever autocast says.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def coding_rate(z: Float[Tensor, "*b n d"], eps: float) -> Float[Tensor, "*b"]:
+    r"""Nats that store the tokens of each sample together up to distortion ``eps``.
+
+    .. math:: R(Z; \epsilon) = \tfrac12 \log\det\Bigl(I + \tfrac{d}{n\epsilon^2} Z^\top Z\Bigr)
+
+    Unchanged by rotating the tokens or permuting them; zero only for zero tokens; grows without bound with
+    their norm, so normalise before comparing.
+
+    Args:
+        z: tokens ``(..., n, d)``.
+        eps: distortion, in the unit of the tokens. Positive.
+
+    Returns:
+        One rate for each sample, shape ``(...)``.
+
+    Raises:
+        ValueError: ``eps`` is not positive, ``z`` is not a matrix of tokens, or it holds NaN or infinity.
+    """
+    n, d = _check_tokens(z, eps)
+    return _half_logdet(z, d / (n * eps**2))
+
+
+def class_coding_rate(
+    z: Float[Tensor, "*b n d"],
+    membership: Int[Tensor, "*b n"] | Float[Tensor, "*b n K"],
+    eps: float,
+) -> Float[Tensor, "*b"]:
+    r"""Nats that store each class of tokens on its own, averaged over the tokens.
+
+    .. math::
+        R^c(Z \mid \Pi; \epsilon) = \sum_k \frac{n_k}{2n}
+        \log\det\Bigl(I + \frac{d}{n_k\epsilon^2} Z^\top \mathrm{diag}(\pi_k) Z\Bigr),
+        \qquad n_k = \textstyle\sum_i \pi_{ik}
+
+    Never above ``coding_rate(z, eps)``. Empty classes cost nothing.
+
+    Args:
+        z: tokens ``(..., n, d)``.
+        membership: integer labels ``(n,)`` or ``(..., n)``, or soft memberships ``(n, K)`` or
+            ``(..., n, K)`` whose rows sum to one. The dtype tells which.
+        eps: distortion. Positive.
+
+    Raises:
+        ValueError: as :func:`coding_rate`; a membership of the wrong length, negative, or not summing to one.
+    """
+    n, d = _check_tokens(z, eps)
+    weights = _membership_weights(membership, z)
+    # One class at a time: the tensor of all weighted Gram matrices would hold K x d x d numbers.
+    rates = []
+    for pi in weights.unbind(-1):
+        size = pi.sum(-1)
+        # An empty class has n_k = 0 and a zero Gram matrix; any positive divisor gives its rate, which is 0.
+        scale = d / (size.clamp_min(torch.finfo(pi.dtype).tiny ** 0.5) * eps**2)
+        scale = torch.where(size > 0, scale, torch.zeros_like(scale))
+        rates.append(size / n * _half_logdet(z, scale, pi))
+    return torch.stack(rates, -1).sum(-1)
+
+
+def subspace_coding_rate(
+    z: Float[Tensor, "*b n d"], U: Float[Tensor, "K d p"], eps: float
+) -> Float[Tensor, "*b"]:
+    r"""Nats that store the tokens after projection onto each of K subspaces.
+
+    .. math::
+        R^c(Z \mid U_{[K]}; \epsilon) = \tfrac12 \sum_k
+        \log\det\Bigl(I + \frac{p}{n\epsilon^2} (Z U_k)^\top (Z U_k)\Bigr)
+
+    The quantity that a ``compress`` step lowers (Yu et al. 2023, eq. 6).
+
+    Args:
+        z: tokens ``(..., n, d)``.
+        U: bases ``(K, d, p)``: K subspaces of dimension p, basis vectors in columns.
+        eps: distortion. Positive.
+    """
+    n, d = _check_tokens(z, eps)
+    if U.dim() != 3 or U.shape[1] != d:
+        raise ValueError(f"U has shape {tuple(U.shape)}; expected (K, {d}, p) for tokens of width {d}")
+    z = _at_least_float32(z)
+    with torch.autocast(z.device.type, enabled=False):
+        projected = z.unsqueeze(-3) @ U.to(z.dtype)
+    return _half_logdet(projected, U.shape[-1] / (n * eps**2)).sum(-1)
+
+
+def rate_reduction(
+    z: Float[Tensor, "*b n d"],
+    membership: Int[Tensor, "*b n"] | Float[Tensor, "*b n K"],
+    eps: float,
+) -> Float[Tensor, "*b"]:
+    r"""What coding by classes saves: :math:`\Delta R = R(Z) - R^c(Z \mid \Pi) \ge 0`. To be raised (MCR2)."""
+    return coding_rate(z, eps) - class_coding_rate(z, membership, eps)
+
+
+def sparse_rate_reduction(
+    z: Float[Tensor, "*b n d"], U: Float[Tensor, "K d p"], eps: float, sparsity: float
+) -> Float[Tensor, "*b"]:
+    r"""The objective of white-box transformers, with l1 in place of l0. To be raised.
+
+    .. math:: R(Z) - R^c(Z \mid U_{[K]}) - \lambda \|Z\|_1
+
+    Args:
+        z: tokens ``(..., n, d)``.
+        U: bases ``(K, d, p)``.
+        eps: distortion. Positive.
+        sparsity: :math:`\lambda \ge 0`, nats per unit of l1 norm.
+    """
+    penalty = sparsity * _at_least_float32(z).abs().sum((-2, -1))
+    return coding_rate(z, eps) - subspace_coding_rate(z, U, eps) - penalty
+
+
+def nats_to_bits(rate: Tensor) -> Tensor:
+    """The same rate in bits."""
+    return rate / math.log(2)
+
+
+def _half_logdet(z: Tensor, scale: float | Tensor, weight: Tensor | None = None) -> Tensor:
+    """``1/2 logdet(I + scale * z^T diag(weight) z)``, shape ``(...)``; ``scale`` a number or ``(...)``.
+
+    The n x n side needs the square root of the weights, whose derivative at zero is infinite: weights that
+    need a gradient stay on the d x d side.
+    """
+    z = _at_least_float32(z)
+    n, d = z.shape[-2:]
+    with torch.autocast(z.device.type, enabled=False):
+        if n < d and (weight is None or not weight.requires_grad):
+            y = z if weight is None else z * weight.sqrt().unsqueeze(-1)
+            gram = y @ y.mT
+        else:
+            gram = z.mT @ (z if weight is None else z * weight.unsqueeze(-1))
+        if isinstance(scale, Tensor):
+            scale = scale.to(z.dtype)[..., None, None]
+        matrix = scale * gram
+        matrix = matrix + torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        return _log_diagonal(matrix).sum(-1)
+
+
+def _log_diagonal(matrix: Tensor) -> Tensor:
+    """Logarithms of the Cholesky diagonal of a positive definite matrix, retried once in float64.
+
+    ``cholesky_ex`` reports failure in ``info``; on CUDA it may report success on NaN (pytorch#64818), hence
+    the second check. Both cost a synchronisation, which a wrong rate would cost sooner or later anyway.
+    """
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    logs = factor.diagonal(dim1=-2, dim2=-1).log()
+    if not bool((info == 0).all() & logs.isfinite().all()):
+        if not bool(matrix.isfinite().all()):
+            raise ValueError(
+                "coding rate of tokens that hold NaN or infinity, or whose norm overflows float32 - "
+                "look for the step that made them"
+            )
+        factor, info = torch.linalg.cholesky_ex(matrix.double())
+        logs = factor.diagonal(dim1=-2, dim2=-1).log()
+        if not bool((info == 0).all() & logs.isfinite().all()):
+            raise ValueError(
+                "the coding rate's matrix is not positive definite even in float64: eps is too small for "
+                "tokens of this norm - raise eps, or normalise the tokens, or pass them as float64"
+            )
+        logs = logs.to(matrix.dtype)
+    return logs
+
+
+def _at_least_float32(z: Tensor) -> Tensor:
+    return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+
+
+def _check_tokens(z: Tensor, eps: float) -> tuple[int, int]:
+    if z.dim() < 2:
+        raise ValueError(f"tokens have shape {tuple(z.shape)}; expected (..., n, d): n tokens of width d")
+    if not z.dtype.is_floating_point:
+        raise ValueError(f"tokens have dtype {z.dtype}; expected floating point - call z.float()")
+    if z.shape[-2] == 0 or z.shape[-1] == 0:
+        raise ValueError(f"tokens have shape {tuple(z.shape)}: nothing to code")
+    if not eps > 0:
+        raise ValueError(f"eps is {eps}; the distortion must be positive")
+    return z.shape[-2], z.shape[-1]
+
+
+def _membership_weights(membership: Tensor, z: Tensor) -> Tensor:
+    """Soft memberships ``(..., n, K)`` in the working dtype, from labels or soft rows."""
+    n = z.shape[-2]
+    dtype = torch.float32 if z.dtype in (torch.float16, torch.bfloat16) else z.dtype
+    if membership.dtype.is_floating_point:
+        if membership.dim() < 2 or membership.shape[-2] != n:
+            raise ValueError(f"soft membership has shape {tuple(membership.shape)}; expected (..., {n}, K)")
+        weights = membership.to(dtype)
+        total = weights.sum(-1)
+        if bool((weights < 0).any()) or not torch.allclose(total, torch.ones_like(total), atol=1e-3):
+            raise ValueError("soft membership rows must be non-negative and sum to one")
+        return weights
+    if membership.dim() < 1 or membership.shape[-1] != n:
+        raise ValueError(f"labels have shape {tuple(membership.shape)}; expected (..., {n}), one per token")
+    if bool((membership < 0).any()):
+        raise ValueError("labels must be 0 or larger")
+    present, dense = membership.long().unique(return_inverse=True)
+    return torch.nn.functional.one_hot(dense, len(present)).to(dtype)

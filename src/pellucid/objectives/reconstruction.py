@@ -1,0 +1,57 @@
+r"""Reconstruction and sparsity: how well a code explains a signal, and how few numbers it takes.
+
+A code ``z (..., n, m)`` explains a signal ``x (..., n, d)`` by a dictionary ``D (d, m)`` whose columns are
+atoms: ``x ~ z D^T`` with tokens in rows (``x ~ D z`` with the papers' columns).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def squared_error(
+    z: Float[Tensor, "*b n m"], x: Float[Tensor, "*b n d"], dictionary: Float[Tensor, "d m"]
+) -> Float[Tensor, "*b"]:
+    r"""Half the squared error of the reconstruction, :math:`\tfrac12\|X - Z D^\top\|_F^2`, over all tokens.
+
+    Raises:
+        ValueError: shapes that do not fit, naming all three.
+    """
+    if dictionary.dim() != 2 or z.shape[-1] != dictionary.shape[1] or x.shape[-1] != dictionary.shape[0]:
+        raise ValueError(
+            f"code {tuple(z.shape)}, signal {tuple(x.shape)} and dictionary {tuple(dictionary.shape)} do not "
+            f"fit: expected (..., n, m), (..., n, d) and (d, m)"
+        )
+    return 0.5 * (x - z @ dictionary.mT).square().sum((-2, -1))
+
+
+def lasso(
+    z: Float[Tensor, "*b n m"],
+    x: Float[Tensor, "*b n d"],
+    dictionary: Float[Tensor, "d m"],
+    sparsity: float | Tensor,
+) -> Float[Tensor, "*b"]:
+    r"""Reconstruction error plus the price of the code, :math:`\tfrac12\|X - ZD^\top\|_F^2 + \lambda\|Z\|_1`.
+
+    With Z = 0 it is half the energy of the signal. Summed over tokens.
+    """
+    return squared_error(z, x, dictionary) + sparsity * z.abs().sum((-2, -1))
+
+
+def nonnegative_lasso(
+    z: Float[Tensor, "*b n m"],
+    x: Float[Tensor, "*b n d"],
+    dictionary: Float[Tensor, "d m"],
+    sparsity: float | Tensor,
+) -> Float[Tensor, "*b"]:
+    """:func:`lasso` restricted to non-negative codes: infinite where a code has a negative entry."""
+    infeasible = (z < 0).any(-1).any(-1)
+    value = lasso(z, x, dictionary, sparsity)
+    return torch.where(infeasible, torch.full_like(value, float("inf")), value)
+
+
+def nonzero_fraction(z: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b"]:
+    """Share of entries that are not exactly zero, in 0..1: the l0 count divided by n d."""
+    return (z != 0).float().mean((-2, -1))

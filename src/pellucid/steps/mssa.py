@@ -1,0 +1,188 @@
+r"""Compression: steps that lower :math:`R^c(Z \mid U_{[K]})`, the cost of the tokens around K subspaces.
+
+Gradient descent on :math:`R^c` moves the tokens by
+
+.. math::
+    -\nabla R^c = -b \sum_k Z U_k \,(I_p + b\, U_k^\top Z^\top Z U_k)^{-1} U_k^\top,
+    \qquad b = \tfrac{p}{n\epsilon^2}.
+
+:class:`ExactCompression` does just that. :class:`MSSA` replaces the inverse by its first-order expansion and
+the raw similarities by their softmax, which turns the step into attention whose query, key and value are one
+projection. :class:`UntiedMSSA` is what the published models run: the same, with a free output matrix.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pellucid.objectives.coding_rate import subspace_coding_rate
+from pellucid.steps.step import Step
+
+
+class SubspaceStep(Step):
+    r"""A step along a direction that is computed from the tokens' projections onto K subspaces.
+
+    ``z + step_size * direction(norm(z) U)``. The objective is :math:`R^c(\mathrm{norm}(Z) \mid U_{[K]})`:
+    tokens are compared on the normalised scale before and after, so that a growing residual cannot fake a
+    change.
+
+    Args:
+        dim: width d of a token.
+        num_heads: number K of subspaces.
+        head_dim: their dimension p; ``dim // num_heads`` unless given.
+        step_size: the step's length.
+        eps: distortion at which the objective is measured, in the unit of normalised tokens.
+        norm: applied to the tokens before projection; none unless given.
+        enter: see :class:`~pellucid.steps.step.Step`.
+    """
+
+    objective_name = "R^c(Z | U)"
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        head_dim: int | None = None,
+        *,
+        step_size: float = 1.0,
+        eps: float = 1.0,
+        norm: nn.Module | None = None,
+        enter: nn.Module | None = None,
+    ) -> None:
+        super().__init__(enter)
+        if head_dim is None:
+            if dim % num_heads:
+                raise ValueError(
+                    f"dim {dim} is not divisible by num_heads {num_heads} - "
+                    f"give head_dim, or take one of {_divisors(dim)} heads"
+                )
+            head_dim = dim // num_heads
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.step_size, self.eps = step_size, eps
+        self.norm = nn.Identity() if norm is None else norm
+        self.subspaces = nn.Linear(dim, num_heads * head_dim, bias=False)
+        nn.init.orthogonal_(self.subspaces.weight)
+
+    @property
+    def U(self) -> Float[Tensor, "K d p"]:  # noqa: N802
+        """The subspaces' bases, in columns."""
+        return self.subspaces.weight.unflatten(0, (self.num_heads, self.head_dim)).mT
+
+    def project(self, z: Float[Tensor, "b n d"]) -> Float[Tensor, "b K n p"]:
+        """Coordinates of the normalised tokens in each subspace, ``norm(z) U_k``."""
+        return self.subspaces(self.norm(z)).unflatten(-1, (self.num_heads, self.head_dim)).transpose(-3, -2)
+
+    @abstractmethod
+    def direction(self, w: Float[Tensor, "b K n p"]) -> Float[Tensor, "b n d"]:
+        """Where to move the tokens, given their projections."""
+
+    def forward(self, z: Float[Tensor, "b n d"], x: Tensor | None = None) -> Float[Tensor, "b n d"]:
+        return torch.add(z, self.direction(self.project(z)), alpha=self.step_size)
+
+    def objective(
+        self, z: Float[Tensor, "b n d"], start: Float[Tensor, "b n d"], x: Tensor | None = None
+    ) -> Float[Tensor, b]:
+        return subspace_coding_rate(self.norm(z), self.U, self.eps)
+
+
+class AttentionStep(SubspaceStep):
+    """Compression by attention: a token moves towards a weighted mean of the tokens in each subspace."""
+
+    @property
+    def scale(self) -> float:
+        """What similarities are multiplied by before the softmax: ``head_dim ** -0.5``, as published.
+
+        **Departs:** the derivation has none; it is absorbed in the scale of U.
+        """
+        return float(self.head_dim**-0.5)
+
+    def attention(self, z: Float[Tensor, "b n d"]) -> Float[Tensor, "b K n n"]:
+        """The attention weights, rows summing to one. :meth:`forward` never forms them."""
+        w = self.project(z)
+        return (w @ w.mT * self.scale).softmax(-1)
+
+    def attend(self, w: Float[Tensor, "b K n p"]) -> Float[Tensor, "b n Kp"]:
+        mixed = F.scaled_dot_product_attention(w, w, w, scale=self.scale)
+        return mixed.transpose(-3, -2).flatten(-2)
+
+
+class MSSA(AttentionStep):
+    r"""Multi-head subspace self-attention as derived (Yu et al. 2023, eq. 11-12).
+
+    .. math:: Z + \kappa \sum_k \mathrm{softmax}(Z U_k U_k^\top Z^\top)\, Z U_k U_k^\top
+
+    One matrix per layer: query, key, value and output are the same U. The residual is Z itself in place of
+    the gradient's :math:`(1 - \kappa b) Z`, the same up to the scale that ``norm`` removes.
+    """
+
+    def direction(self, w: Float[Tensor, "b K n p"]) -> Float[Tensor, "b n d"]:
+        return self.attend(w) @ self.subspaces.weight
+
+
+class UntiedMSSA(AttentionStep):
+    r"""MSSA as the published CRATE runs it.
+
+    **Departs:** the output matrix is free and has a bias where the derivation has :math:`U^\top`, so nothing
+    makes the step point downhill; whether it does is for the audit to say.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        head_dim: int | None = None,
+        *,
+        step_size: float = 1.0,
+        eps: float = 1.0,
+        norm: nn.Module | None = None,
+        enter: nn.Module | None = None,
+    ) -> None:
+        super().__init__(dim, num_heads, head_dim, step_size=step_size, eps=eps, norm=norm, enter=enter)
+        self.output = nn.Linear(self.subspaces.out_features, dim)
+        with torch.no_grad():
+            self.output.weight.copy_(self.subspaces.weight.mT)
+            self.output.bias.zero_()
+
+    def direction(self, w: Float[Tensor, "b K n p"]) -> Float[Tensor, "b n d"]:
+        return self.output(self.attend(w))
+
+
+class ExactCompression(SubspaceStep):
+    r"""Gradient descent on :math:`R^c(Z \mid U_{[K]})` itself, no attention and no approximation.
+
+    The smaller of the p x p and n x n systems is solved, so a step costs :math:`O(n p^2)` for each subspace
+    in place of attention's :math:`O(n^2 p)`.
+    """
+
+    def direction(self, w: Float[Tensor, "b K n p"]) -> Float[Tensor, "b n d"]:
+        n, p = w.shape[-2:]
+        b = p / (n * self.eps**2)
+        with torch.autocast(w.device.type, enabled=False):
+            v = w.float() if w.dtype in (torch.float16, torch.bfloat16) else w
+            side = v @ v.mT if n < p else v.mT @ v
+            matrix = torch.eye(side.shape[-1], dtype=v.dtype, device=v.device) + b * side
+            factor = torch.linalg.cholesky(matrix)
+            solved = torch.cholesky_solve(v, factor) if n < p else torch.cholesky_solve(v.mT, factor).mT
+        gradient = b * solved.to(w.dtype)
+        return -gradient.transpose(-3, -2).flatten(-2) @ self.subspaces.weight
+
+    def max_step_size(self, num_tokens: int | None = None) -> float | None:
+        r"""2/L with :math:`L = b\,\|\sum_k U_k U_k^\top\|_2`, for ``num_tokens`` tokens; None behind a norm.
+
+        The slope of :math:`\tfrac12\log(1 + b\sigma^2)` never exceeds b in any singular value, so the
+        gradient of each subspace's rate is b-Lipschitz in its projection.
+        """
+        if num_tokens is None or not isinstance(self.norm, nn.Identity):
+            return None
+        b = self.head_dim / (num_tokens * self.eps**2)
+        spectral = torch.linalg.matrix_norm(self.subspaces.weight.detach().float(), 2).item()
+        return 2 / (b * spectral**2)
+
+
+def _divisors(n: int) -> list[int]:
+    return [k for k in range(1, n + 1) if n % k == 0]

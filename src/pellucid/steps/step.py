@@ -1,0 +1,111 @@
+"""The one abstraction: a step lowers an objective, and a network is steps unrolled."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+
+class Step(nn.Module, ABC):
+    """One update of the tokens, together with the objective that it was derived from.
+
+    A subclass says how it moves (:meth:`forward`), what that should lower (:meth:`objective`) and how far
+    it may go (:meth:`max_step_size`). ``enter`` is the change of variable at the step's door, such as the
+    normalisation that precedes ISTA in CRATE: :func:`unroll` applies it, and the step sees only its result.
+
+    Attributes:
+        objective_name: what :meth:`objective` measures, as the audit prints it.
+        step_size: how far along its direction the step goes.
+    """
+
+    objective_name: str
+    step_size: float
+
+    def __init__(self, enter: nn.Module | None = None) -> None:
+        super().__init__()
+        self.enter = nn.Identity() if enter is None else enter
+
+    @abstractmethod
+    def forward(self, z: Float[Tensor, "b n d"], x: Tensor | None = None) -> Float[Tensor, "b n d"]:
+        """The tokens after the step. ``x`` is what stays fixed while ``z`` moves, such as the signal."""
+
+    @abstractmethod
+    def objective(
+        self, z: Float[Tensor, "b n d"], start: Float[Tensor, "b n d"], x: Tensor | None = None
+    ) -> Float[Tensor, b]:
+        """Value at ``z`` of what this step lowers when it is started at ``start``. One number per sample."""
+
+    def max_step_size(self, num_tokens: int | None = None) -> float | None:
+        """The objective is guaranteed not to rise below this step size; None where it is only measured."""
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What :func:`unroll` saw at one step: ``step(z, x) == z_next``.
+
+    Attributes:
+        layer: from 1.
+        name: the step's name in its layer, ``compress`` or ``sparsify`` in CRATE.
+        z: tokens as the step received them (after ``step.enter``).
+        z_next: tokens after the step.
+        x: what stayed fixed.
+    """
+
+    layer: int
+    name: str
+    step: Step
+    z: Tensor
+    z_next: Tensor
+    x: Tensor | None
+
+
+OnStep = Callable[[StepRecord], None]
+Layer = nn.Module | Mapping[str, Step]
+
+
+def unroll(
+    layers: Iterable[Layer],
+    z: Float[Tensor, "b n d"],
+    x: Tensor | None = None,
+    on_step: OnStep | None = None,
+    *,
+    checkpoint: bool = False,
+) -> Float[Tensor, "b n d"]:
+    """Run the steps of all layers in order. The only loop over layers in the library.
+
+    A network is ``unroll`` with other parameters in each layer; a solver is ``unroll`` with one step many
+    times: ``unroll([ista] * 100, z0, x)``.
+
+    Args:
+        layers: each a step, or named steps in order (a dict or ``ModuleDict``).
+        z: tokens to start from.
+        x: handed to every step unchanged.
+        on_step: called with a :class:`StepRecord` after every step. Costs nothing when absent.
+        checkpoint: recompute each layer in the backward pass in place of keeping its activations. Not
+            combined with ``on_step``, which would be called twice.
+    """
+    for index, layer in enumerate(layers, start=1):
+        if checkpoint and on_step is None:
+            z = recompute(_run_layer, index, layer, z, x, None, use_reentrant=False)
+        else:
+            z = _run_layer(index, layer, z, x, on_step)
+    return z
+
+
+def _run_layer(index: int, layer: Layer, z: Tensor, x: Tensor | None, on_step: OnStep | None) -> Tensor:
+    if isinstance(layer, Step):
+        layer = {type(layer).__name__.lower(): layer}
+    for name, step in cast("Mapping[str, Step]", layer).items():
+        z = step.enter(z)
+        z_next = step(z, x)
+        if on_step is not None:
+            on_step(StepRecord(index, name, step, z, z_next, x))
+        z = z_next
+    return z
