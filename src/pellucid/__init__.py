@@ -15,7 +15,7 @@ _HOMES = {
     "evaluate": "pellucid.measure",
     "from_published": "pellucid.models",
     "list_models": "pellucid.models",
-    "load": "pellucid.training",
+    "load": "pellucid.models",
     "load_data": "pellucid.data",
     "train": "pellucid.training",
     "unroll": "pellucid.steps",
@@ -26,9 +26,9 @@ __all__ = ["__version__", *sorted(_HOMES)]
 if TYPE_CHECKING:
     from pellucid.data import load_data
     from pellucid.measure import audit, evaluate
-    from pellucid.models import create_model, from_published, list_models
+    from pellucid.models import create_model, from_published, list_models, load
     from pellucid.steps import unroll
-    from pellucid.training import load, train
+    from pellucid.training import train
 
 
 def __getattr__(name: str) -> Any:

@@ -3,5 +3,6 @@
 from pellucid.models.crate import CRATE
 from pellucid.models.create import create_model, list_models
 from pellucid.models.published import from_published
+from pellucid.models.saved import load
 
-__all__ = ["CRATE", "create_model", "from_published", "list_models"]
+__all__ = ["CRATE", "create_model", "from_published", "list_models", "load"]

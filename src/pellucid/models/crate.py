@@ -9,6 +9,7 @@ scale, no factor on the residual, and with ``compression="untied"`` a free outpu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -63,7 +64,7 @@ class CRATE(nn.Module):
         compression: ``"tied"`` (MSSA as derived), ``"untied"`` (as published), ``"exact"`` (gradient of R^c).
         compress_step_size: length of the compression step; 1 as published.
         step_size, sparsity: of ISTA; 0.1 and 0.1 as published.
-        eps: distortion at which the audit measures R^c, for tokens of norm ``sqrt(embed_dim)``.
+        eps: distortion at which the audit measures R^c; 0.1 as in the authors' plots (eps^2 = 0.01).
         stem, class_token, reg_tokens, dynamic_img_size: see :class:`~pellucid.models.embed.TokenEmbedding`.
         init: ``"orthogonal"``, or ``"published"`` for the distributions of the authors' program.
         drop_rate: dropout in front of the classifier.
@@ -86,7 +87,7 @@ class CRATE(nn.Module):
         compress_step_size: float = 1.0,
         step_size: float = 0.1,
         sparsity: float = 0.1,
-        eps: float = 1.0,
+        eps: float = 0.1,
         stem: StemName = "linear",
         class_token: bool = True,
         reg_tokens: int = 0,
@@ -151,7 +152,7 @@ class CRATE(nn.Module):
     def forward_intermediates(
         self,
         x: Float[Tensor, "b c h w"],
-        indices: int | list[int] | None = None,
+        indices: int | Sequence[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
         stop_early: bool = False,
@@ -171,7 +172,7 @@ class CRATE(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt is {output_fmt!r}; known: 'NCHW', 'NLC'")
-        chosen, last = feature_take_indices(len(self.layers), indices)
+        chosen, last = feature_take_indices(len(self.layers), indices)  # type: ignore[arg-type]
         tokens: dict[int, Tensor] = {}
 
         def keep(record: StepRecord) -> None:
@@ -191,7 +192,7 @@ class CRATE(nn.Module):
     def get_intermediate_layers(
         self,
         x: Float[Tensor, "b c h w"],
-        n: int | list[int] = 1,
+        n: int | Sequence[int] = 1,
         reshape: bool = False,
         return_prefix_tokens: bool = False,
         norm: bool = False,
@@ -207,10 +208,10 @@ class CRATE(nn.Module):
         )
 
     def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop what the chosen layers do not need; returns the layers kept as outputs."""
-        chosen, last = feature_take_indices(len(self.layers), indices)
+        chosen, last = feature_take_indices(len(self.layers), indices)  # type: ignore[arg-type]
         self.layers = self.layers[: last + 1]
         if prune_norm:
             self.norm = nn.Identity()
@@ -308,7 +309,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _crate(variant: str, pretrained: bool, kwargs: dict[str, Any], **sizes: Any) -> CRATE:
+def _crate(variant: str, pretrained: bool, kwargs: dict[str, Any], **sizes: Any) -> nn.Module:
     out_indices = kwargs.pop("out_indices", 3)
     return build_model_with_cfg(
         CRATE,
@@ -320,42 +321,42 @@ def _crate(variant: str, pretrained: bool, kwargs: dict[str, Any], **sizes: Any)
 
 
 @register_model
-def crate_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> CRATE:
+def crate_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CRATE-T as published: 6.09 M parameters."""
     sizes = {"embed_dim": 384, "depth": 12, "num_heads": 6, "compression": "untied"}
     return _crate("crate_tiny_patch16_224", pretrained, kwargs, **sizes)
 
 
 @register_model
-def crate_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> CRATE:
+def crate_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CRATE-S as published: 13.12 M parameters."""
     sizes = {"embed_dim": 576, "depth": 12, "num_heads": 12, "compression": "untied"}
     return _crate("crate_small_patch16_224", pretrained, kwargs, **sizes)
 
 
 @register_model
-def crate_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> CRATE:
+def crate_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CRATE-B as published: 22.80 M parameters."""
     sizes = {"embed_dim": 768, "depth": 12, "num_heads": 12, "compression": "untied"}
     return _crate("crate_base_patch16_224", pretrained, kwargs, **sizes)
 
 
 @register_model
-def crate_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> CRATE:
+def crate_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CRATE-L as published: 77.64 M parameters."""
     sizes = {"embed_dim": 1024, "depth": 24, "num_heads": 16, "compression": "untied"}
     return _crate("crate_large_patch16_224", pretrained, kwargs, **sizes)
 
 
 @register_model
-def crate_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> CRATE:
+def crate_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """For 32 x 32 pictures such as CIFAR: 6 layers of width 192, tied."""
     sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 6}
     return _crate("crate_micro_patch4_32", pretrained, kwargs, **sizes)
 
 
 @register_model
-def crate_digits(pretrained: bool = False, **kwargs: Any) -> CRATE:
+def crate_digits(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """For 8 x 8 gray digits: 4 layers of width 64, tied."""
     sizes = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 4, "num_heads": 4}
     return _crate("crate_digits", pretrained, kwargs, **sizes)

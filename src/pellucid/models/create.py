@@ -38,9 +38,12 @@ def create_model(name: str, *, pretrained: bool = False, **model_args: Any) -> n
         raise ConfigError(f"no published weights for {name} yet - leave out pretrained, or train it")
     check_model_args(name, model_args)
     try:
-        return timm.create_model(name, pretrained=pretrained, **model_args)
+        model: Any = timm.create_model(name, pretrained=pretrained, **model_args)
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"{name}: {error}") from error
+    # What it takes to make the same again; saving a model writes both down.
+    model.architecture, model.model_args = name, model_args
+    return model
 
 
 def check_model_args(name: str, model_args: dict[str, Any]) -> None:

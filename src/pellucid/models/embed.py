@@ -93,11 +93,11 @@ class TokenEmbedding(nn.Module):
         positions = self._positions(images.shape[-2], images.shape[-1])
         z = self.stem(images)
         if self.class_token is not None:
-            z = torch.cat([self.class_token.expand(len(z), -1, -1), z], 1)
+            z = torch.cat([self.class_token.expand(z.shape[0], -1, -1), z], 1)
         z = z + positions
         if self.reg_tokens is not None:
             at = int(self.class_token is not None)
-            z = torch.cat([z[:, :at], self.reg_tokens.expand(len(z), -1, -1), z[:, at:]], 1)
+            z = torch.cat([z[:, :at], self.reg_tokens.expand(z.shape[0], -1, -1), z[:, at:]], 1)
         return z
 
     def grid(self, height: int, width: int) -> tuple[int, int]:

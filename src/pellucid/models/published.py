@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pellucid.errors import CheckpointError
 from pellucid.models.crate import CRATE
+from pellucid.models.saved import load_matched
 
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 
@@ -44,7 +45,8 @@ def from_published(state_dict: Mapping[str, Any], **hints: Any) -> CRATE:
         CheckpointError: an unknown layout, or keys missing, unexpected or of the wrong shape, all listed.
     """
     state = {_WRAPPERS.sub("", key): value for key, value in state_dict.items()}
-    if "to_patch_embedding.2.weight" not in state or "pos_embedding" not in state:
+    needed = ("to_patch_embedding.2.weight", "pos_embedding", "transformer.layers.0.1.fn.weight")
+    if any(key not in state for key in needed):
         some = ", ".join(list(state)[:3]) or "none"
         raise CheckpointError(
             f"not a known published layout (first keys: {some}) - known: CRATE, "
@@ -53,26 +55,6 @@ def from_published(state_dict: Mapping[str, Any], **hints: Any) -> CRATE:
     model = CRATE(**{**_crate_sizes(state), **hints})
     load_matched(model, {_rename(key): value for key, value in state.items()})
     return model
-
-
-def load_matched(model: CRATE, state: Mapping[str, Tensor]) -> None:
-    """Load a state dict whose every key and shape fits, or list all that do not."""
-    expected = model.state_dict()
-    missing = sorted(expected.keys() - state.keys())
-    unexpected = sorted(state.keys() - expected.keys())
-    shapes = [
-        f"{key} is {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
-        for key in sorted(expected.keys() & state.keys())
-        if state[key].shape != expected[key].shape
-    ]
-    if missing or unexpected or shapes:
-        lines = [
-            f"{title} ({len(items)}): {', '.join(items[:5])}{', ...' if len(items) > 5 else ''}"
-            for title, items in (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes))
-            if items
-        ]
-        raise CheckpointError("the weights do not fit the model\n" + "\n".join(lines))
-    model.load_state_dict(dict(state))
 
 
 def _rename(key: str) -> str:

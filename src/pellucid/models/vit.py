@@ -6,6 +6,7 @@ from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from pellucid.models.crate import _cfg
 
@@ -17,7 +18,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _vit(variant: str, pretrained: bool, kwargs: dict[str, Any], **sizes: Any) -> VisionTransformer:
+def _vit(variant: str, pretrained: bool, kwargs: dict[str, Any], **sizes: Any) -> nn.Module:
     out_indices = kwargs.pop("out_indices", 3)
     return build_model_with_cfg(
         VisionTransformer,
@@ -29,14 +30,14 @@ def _vit(variant: str, pretrained: bool, kwargs: dict[str, Any], **sizes: Any) -
 
 
 @register_model
-def vit_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+def vit_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ViT with the width and depth of ``crate_micro_patch4_32``."""
     sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 6}
     return _vit("vit_micro_patch4_32", pretrained, kwargs, **sizes)
 
 
 @register_model
-def vit_digits(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+def vit_digits(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ViT with the width and depth of ``crate_digits``."""
     sizes = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 4, "num_heads": 4}
     return _vit("vit_digits", pretrained, kwargs, **sizes)

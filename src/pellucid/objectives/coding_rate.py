@@ -9,7 +9,8 @@ Representations are good when the whole is expensive and the parts are cheap: ra
 for few non-zeros besides.
 
 Every rate here goes through one determinant, :func:`_half_logdet`: on the smaller of the two Gram matrices
-(equal by Sylvester's identity), by Cholesky of ``I + a Z Z^T``, in float32 or better whatever autocast says.
+(equal by Sylvester's identity), by Cholesky of ``I + a Z Z^T``, in float32 whatever autocast says, and in
+float64 where the condition number would cost more than 1e-4 of the rate.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def coding_rate(z: Float[Tensor, "*b n d"], eps: float) -> Float[Tensor, "*b"]:
 
 def class_coding_rate(
     z: Float[Tensor, "*b n d"],
-    membership: Int[Tensor, "*b n"] | Float[Tensor, "*b n K"],
+    membership: Int[Tensor, "*#b n"] | Float[Tensor, "*#b n K"],
     eps: float,
 ) -> Float[Tensor, "*b"]:
     r"""Nats that store each class of tokens on its own, averaged over the tokens.
@@ -106,7 +107,7 @@ def subspace_coding_rate(
 
 def rate_reduction(
     z: Float[Tensor, "*b n d"],
-    membership: Int[Tensor, "*b n"] | Float[Tensor, "*b n K"],
+    membership: Int[Tensor, "*#b n"] | Float[Tensor, "*#b n K"],
     eps: float,
 ) -> Float[Tensor, "*b"]:
     r"""What coding by classes saves: :math:`\Delta R = R(Z) - R^c(Z \mid \Pi) \ge 0`. To be raised (MCR2)."""
@@ -138,10 +139,37 @@ def nats_to_bits(rate: Tensor) -> Tensor:
 def _half_logdet(z: Tensor, scale: float | Tensor, weight: Tensor | None = None) -> Tensor:
     """``1/2 logdet(I + scale * z^T diag(weight) z)``, shape ``(...)``; ``scale`` a number or ``(...)``.
 
+    Where float32 cannot be trusted with it, done again from the tokens in float64: the rounding is already
+    in the float32 matrix, whose identity drowns beside large entries.
+    """
+    z = _at_least_float32(z)
+    logs = _log_diagonal(_shifted_gram(z, scale, weight))
+    if logs is None:
+        if not bool(z.isfinite().all()):
+            raise ValueError(
+                "coding rate of tokens that hold NaN or infinity - look for the step that made them"
+            )
+        logs = _log_diagonal(
+            _shifted_gram(
+                z.double(),
+                scale.double() if isinstance(scale, Tensor) else scale,
+                None if weight is None else weight.double(),
+            )
+        )
+    if logs is None:
+        raise ValueError(
+            "the coding rate's matrix is not positive definite even in float64: eps is too small for "
+            "tokens of this norm - raise eps, or normalise the tokens, or pass them as float64"
+        )
+    return logs.sum(-1).to(z.dtype)
+
+
+def _shifted_gram(z: Tensor, scale: float | Tensor, weight: Tensor | None) -> Tensor:
+    """``I + scale * Gram``, on the smaller side.
+
     The n x n side needs the square root of the weights, whose derivative at zero is infinite: weights that
     need a gradient stay on the d x d side.
     """
-    z = _at_least_float32(z)
     n, d = z.shape[-2:]
     with torch.autocast(z.device.type, enabled=False):
         if n < d and (weight is None or not weight.requires_grad):
@@ -151,34 +179,24 @@ def _half_logdet(z: Tensor, scale: float | Tensor, weight: Tensor | None = None)
             gram = z.mT @ (z if weight is None else z * weight.unsqueeze(-1))
         if isinstance(scale, Tensor):
             scale = scale.to(z.dtype)[..., None, None]
-        matrix = scale * gram
-        matrix = matrix + torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-        return _log_diagonal(matrix).sum(-1)
+        return scale * gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
 
 
-def _log_diagonal(matrix: Tensor) -> Tensor:
-    """Logarithms of the Cholesky diagonal of a positive definite matrix, retried once in float64.
+def _log_diagonal(matrix: Tensor) -> Tensor | None:
+    """Logarithms of the Cholesky diagonal of ``I + Gram``; None where they cannot be trusted.
 
     ``cholesky_ex`` reports failure in ``info``; on CUDA it may report success on NaN (pytorch#64818), hence
-    the second check. Both cost a synchronisation, which a wrong rate would cost sooner or later anyway.
+    the second check. The trace bounds the condition number, so the third finds float32 results that would be
+    off by more than 1e-4 although nothing failed. All cost one synchronisation, which a wrong rate would
+    cost sooner or later anyway.
     """
     factor, info = torch.linalg.cholesky_ex(matrix)
     logs = factor.diagonal(dim1=-2, dim2=-1).log()
-    if not bool((info == 0).all() & logs.isfinite().all()):
-        if not bool(matrix.isfinite().all()):
-            raise ValueError(
-                "coding rate of tokens that hold NaN or infinity, or whose norm overflows float32 - "
-                "look for the step that made them"
-            )
-        factor, info = torch.linalg.cholesky_ex(matrix.double())
-        logs = factor.diagonal(dim1=-2, dim2=-1).log()
-        if not bool((info == 0).all() & logs.isfinite().all()):
-            raise ValueError(
-                "the coding rate's matrix is not positive definite even in float64: eps is too small for "
-                "tokens of this norm - raise eps, or normalise the tokens, or pass them as float64"
-            )
-        logs = logs.to(matrix.dtype)
-    return logs
+    trusted = (info == 0).all() & logs.isfinite().all()
+    if matrix.dtype == torch.float32:
+        trace = matrix.detach().diagonal(dim1=-2, dim2=-1).sum(-1)
+        trusted = trusted & (trace * torch.finfo(matrix.dtype).eps < 3e-4).all()
+    return logs if bool(trusted) else None
 
 
 def _at_least_float32(z: Tensor) -> Tensor:

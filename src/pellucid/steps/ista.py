@@ -65,7 +65,7 @@ class ISTA(Step):
                 f"{self.dictionary.shape[0]} needs a start and a signal: step(code, signal)"
             )
         fold = self._choose_fold(z)
-        return self.shrink(self._gradient_step(z, z) if fold is None else z @ fold.to(z.dtype))
+        return self.shrink(self._gradient_step(z, z)) if fold is None else self._shrink_product(z, fold)
 
     def shrink(self, v: Float[Tensor, "b n m"]) -> Float[Tensor, "b n m"]:
         r"""The proximal operator of :math:`\eta\lambda\|\cdot\|_1` on non-negative codes."""
@@ -73,7 +73,7 @@ class ISTA(Step):
 
     def objective(
         self, z: Float[Tensor, "b n m"], start: Float[Tensor, "b n m"], x: Tensor | None = None
-    ) -> Float[Tensor, b]:
+    ) -> Float[Tensor, " b"]:
         return lasso(z, start if x is None else x, self.dictionary, self.sparsity)
 
     def max_step_size(self, num_tokens: int | None = None) -> float:
@@ -84,6 +84,13 @@ class ISTA(Step):
     def _gradient_step(self, z: Tensor, x: Tensor) -> Tensor:
         residual = x - z @ self.dictionary.mT
         return torch.add(z, residual @ self.dictionary, alpha=self.step_size)
+
+    def _shrink_product(self, z: Tensor, fold: Tensor) -> Tensor:
+        """``shrink(z A)``. With no backward pass to serve, the threshold joins the product."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.shrink(z @ fold.to(z.dtype))
+        threshold = z.new_full((fold.shape[1],), -self.step_size * self.sparsity)
+        return F.relu_(F.linear(z, fold.to(z.dtype).mT, threshold))
 
     def _choose_fold(self, z: Tensor) -> Tensor | None:
         """The matrix A, or None where two products cost less than making it.
@@ -101,13 +108,13 @@ class ISTA(Step):
         return self._make_fold() if tokens > self.dictionary.shape[0] else None
 
     def _make_fold(self) -> Tensor:
-        with torch.autocast(self.dictionary.device.type, enabled=False):
-            dictionary: Tensor = self.dictionary
-            if dictionary.dtype in (torch.float16, torch.bfloat16):
-                dictionary = dictionary.float()
-            change = dictionary - dictionary.mT @ dictionary
-            eye = torch.eye(change.shape[0], dtype=change.dtype, device=change.device)
-            return torch.add(eye, change, alpha=self.step_size)
+        """A. Its product, too, runs in autocast's precision: A is rounded to that when it is used."""
+        dictionary: Tensor = self.dictionary
+        if dictionary.dtype in (torch.float16, torch.bfloat16):
+            dictionary = dictionary.float()
+        change = dictionary - dictionary.mT @ dictionary
+        eye = torch.eye(change.shape[0], dtype=change.dtype, device=change.device)
+        return torch.add(eye, change, alpha=self.step_size)
 
     def _kept_fold(self) -> Tensor:
         """A from the last call if the dictionary still holds the same numbers, else made anew.
@@ -117,7 +124,8 @@ class ISTA(Step):
         """
         fold = self._fold
         if fold is None or not fold.holds_for(self):
-            with torch.no_grad():
+            # Kept for callers in any precision, so made in full.
+            with torch.no_grad(), torch.autocast(self.dictionary.device.type, enabled=False):
                 matrix = self._make_fold().to(self.dictionary.dtype)
                 fold = _Fold(self.dictionary.detach().clone(), self.step_size, matrix)
             self._fold = fold
@@ -132,6 +140,9 @@ class SoftISTA(ISTA):
 
     def shrink(self, v: Float[Tensor, "b n m"]) -> Float[Tensor, "b n m"]:
         return F.softshrink(v, self.step_size * self.sparsity)
+
+    def _shrink_product(self, z: Tensor, fold: Tensor) -> Tensor:
+        return self.shrink(z @ fold.to(z.dtype))
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,23 +20,22 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pellucid.objectives.coding_rate import subspace_coding_rate
+from pellucid.objectives.coding_rate import coding_rate, subspace_coding_rate
 from pellucid.steps.step import Step
 
 
 class SubspaceStep(Step):
     r"""A step along a direction that is computed from the tokens' projections onto K subspaces.
 
-    ``z + step_size * direction(norm(z) U)``. The objective is :math:`R^c(\mathrm{norm}(Z) \mid U_{[K]})`:
-    tokens are compared on the normalised scale before and after, so that a growing residual cannot fake a
-    change.
+    ``z + step_size * direction(norm(z) U)``. Tokens are compared on one normalised scale before and after, so
+    that a growing residual cannot fake a change of the objective.
 
     Args:
         dim: width d of a token.
         num_heads: number K of subspaces.
         head_dim: their dimension p; ``dim // num_heads`` unless given.
         step_size: the step's length.
-        eps: distortion at which the objective is measured, in the unit of normalised tokens.
+        eps: distortion at which the objective is measured.
         norm: applied to the tokens before projection; none unless given.
         enter: see :class:`~pellucid.steps.step.Step`.
     """
@@ -50,7 +49,7 @@ class SubspaceStep(Step):
         head_dim: int | None = None,
         *,
         step_size: float = 1.0,
-        eps: float = 1.0,
+        eps: float = 0.1,
         norm: nn.Module | None = None,
         enter: nn.Module | None = None,
     ) -> None:
@@ -84,14 +83,14 @@ class SubspaceStep(Step):
     def forward(self, z: Float[Tensor, "b n d"], x: Tensor | None = None) -> Float[Tensor, "b n d"]:
         return torch.add(z, self.direction(self.project(z)), alpha=self.step_size)
 
-    def objective(
-        self, z: Float[Tensor, "b n d"], start: Float[Tensor, "b n d"], x: Tensor | None = None
-    ) -> Float[Tensor, b]:
-        return subspace_coding_rate(self.norm(z), self.U, self.eps)
-
 
 class AttentionStep(SubspaceStep):
-    """Compression by attention: a token moves towards a weighted mean of the tokens in each subspace."""
+    """Compression by attention: a token moves towards a weighted mean of the tokens in each subspace.
+
+    The objective is R^c of the projected tokens scaled to unit length, the authors' own layer-wise measure.
+    Attention turns the tokens of a subspace towards each other; their length it does not control, because
+    the residual is Z where the gradient step has (1 - step_size b) Z.
+    """
 
     @property
     def scale(self) -> float:
@@ -102,13 +101,22 @@ class AttentionStep(SubspaceStep):
         return float(self.head_dim**-0.5)
 
     def attention(self, z: Float[Tensor, "b n d"]) -> Float[Tensor, "b K n n"]:
-        """The attention weights, rows summing to one. :meth:`forward` never forms them."""
+        """The attention weights, rows summing to one. :meth:`forward` has no need to form them."""
         w = self.project(z)
         return (w @ w.mT * self.scale).softmax(-1)
 
     def attend(self, w: Float[Tensor, "b K n p"]) -> Float[Tensor, "b n Kp"]:
-        mixed = F.scaled_dot_product_attention(w, w, w, scale=self.scale)
+        if _forms_weights(w):
+            w = w.contiguous()
+            mixed = (w @ w.mT * self.scale).softmax(-1) @ w
+        else:
+            mixed = F.scaled_dot_product_attention(w, w, w, scale=self.scale)
         return mixed.transpose(-3, -2).flatten(-2)
+
+    def objective(
+        self, z: Float[Tensor, "b n d"], start: Float[Tensor, "b n d"], x: Tensor | None = None
+    ) -> Float[Tensor, " b"]:
+        return coding_rate(F.normalize(self.project(z), dim=-1), self.eps).sum(-1)
 
 
 class MSSA(AttentionStep):
@@ -117,7 +125,7 @@ class MSSA(AttentionStep):
     .. math:: Z + \kappa \sum_k \mathrm{softmax}(Z U_k U_k^\top Z^\top)\, Z U_k U_k^\top
 
     One matrix per layer: query, key, value and output are the same U. The residual is Z itself in place of
-    the gradient's :math:`(1 - \kappa b) Z`, the same up to the scale that ``norm`` removes.
+    the gradient's :math:`(1 - \kappa b) Z`, the same up to a scale.
     """
 
     def direction(self, w: Float[Tensor, "b K n p"]) -> Float[Tensor, "b n d"]:
@@ -138,7 +146,7 @@ class UntiedMSSA(AttentionStep):
         head_dim: int | None = None,
         *,
         step_size: float = 1.0,
-        eps: float = 1.0,
+        eps: float = 0.1,
         norm: nn.Module | None = None,
         enter: nn.Module | None = None,
     ) -> None:
@@ -156,8 +164,13 @@ class ExactCompression(SubspaceStep):
     r"""Gradient descent on :math:`R^c(Z \mid U_{[K]})` itself, no attention and no approximation.
 
     The smaller of the p x p and n x n systems is solved, so a step costs :math:`O(n p^2)` for each subspace
-    in place of attention's :math:`O(n^2 p)`.
+    in place of attention's :math:`O(n^2 p)`. The objective is :math:`R^c(\mathrm{norm}(Z) \mid U_{[K]})`.
     """
+
+    def objective(
+        self, z: Float[Tensor, "b n d"], start: Float[Tensor, "b n d"], x: Tensor | None = None
+    ) -> Float[Tensor, " b"]:
+        return subspace_coding_rate(self.norm(z), self.U, self.eps)
 
     def direction(self, w: Float[Tensor, "b K n p"]) -> Float[Tensor, "b n d"]:
         n, p = w.shape[-2:]
@@ -182,6 +195,17 @@ class ExactCompression(SubspaceStep):
         b = self.head_dim / (num_tokens * self.eps**2)
         spectral = torch.linalg.matrix_norm(self.subspaces.weight.detach().float(), 2).item()
         return 2 / (b * spectral**2)
+
+
+def _forms_weights(w: Tensor) -> bool:
+    """Whether to form the attention weights after all: in a bfloat16 backward pass on a CPU.
+
+    Its fused kernel is slow there: forward and backward take 45 ms fused and 22 ms formed at 197 tokens of
+    12 heads in a batch of 8 (one core), and as long as each other at 785 tokens, where memory decides.
+    """
+    if torch.compiler.is_compiling() or w.device.type != "cpu" or w.dtype != torch.bfloat16:
+        return False
+    return torch.is_grad_enabled() and w.requires_grad and w.shape[-2] <= 512
 
 
 def _divisors(n: int) -> list[int]:

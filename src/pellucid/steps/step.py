@@ -38,7 +38,7 @@ class Step(nn.Module, ABC):
     @abstractmethod
     def objective(
         self, z: Float[Tensor, "b n d"], start: Float[Tensor, "b n d"], x: Tensor | None = None
-    ) -> Float[Tensor, b]:
+    ) -> Float[Tensor, " b"]:
         """Value at ``z`` of what this step lowers when it is started at ``start``. One number per sample."""
 
     def max_step_size(self, num_tokens: int | None = None) -> float | None:

@@ -1,0 +1,39 @@
+"""Batches of pictures: any folder, file or known name in, the same batches out on every run.
+
+Knows nothing of models. The images pass one door (``images``), the randomness is a function of
+(seed, epoch, index) (``randomness``), and a data set is looked at whole before it is used (``verify``).
+"""
+
+from pellucid.data.builtin import NAMES as BUILTIN_NAMES
+from pellucid.data.checks import CheckReport, check
+from pellucid.data.dataset import ArrayImages, FileImages, ImageData, ImageSet, Reject
+from pellucid.data.images import ImageRejected, read_image, show_name, to_channels
+from pellucid.data.load import load_data
+from pellucid.data.loaders import Batch, StepSampler, ViewedSet, eval_loader, train_loader
+from pellucid.data.randomness import draws, order
+from pellucid.data.views import Magnitudes, View
+
+__all__ = [
+    "BUILTIN_NAMES",
+    "ArrayImages",
+    "Batch",
+    "CheckReport",
+    "FileImages",
+    "ImageData",
+    "ImageRejected",
+    "ImageSet",
+    "Magnitudes",
+    "Reject",
+    "StepSampler",
+    "View",
+    "ViewedSet",
+    "check",
+    "draws",
+    "eval_loader",
+    "load_data",
+    "order",
+    "read_image",
+    "show_name",
+    "to_channels",
+    "train_loader",
+]

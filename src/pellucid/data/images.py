@@ -1,0 +1,303 @@
+"""The image door: any bytes become a uint8 tensor or a named rejection, and nothing else comes out.
+
+Only a stated list of raster formats is read. Documents (PDF, PSD) and PostScript, for which Pillow would
+start Ghostscript, are not in it; nor is ICO, which hides a second header from the size check. Colour
+profiles are not applied. Of an animation or a multi-page file the first frame is read.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import stat
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from pellucid.errors import ConfigError, DataError
+
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")  # MPO is opened by JPEG
+EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".gif", ".bmp", ".tif", ".tiff", ".webp"}
+    | {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx"}
+)
+MAX_PIXELS = 50_000_000
+WHITE = (255, 255, 255)
+
+# Pillow reports some damage through logging; without a handler Python prints it on stderr.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+_pillow_globals = threading.Lock()
+
+
+class ImageRejected(DataError):
+    """This one picture cannot be used; ``reason`` says why in a few words."""
+
+    def __init__(self, reason: str, name: str = "") -> None:
+        super().__init__(f"rejected: {reason}" + (f" - {name}" if name else ""))
+        self.reason = reason
+
+
+class Header(NamedTuple):
+    """What the first bytes of a picture say, before orientation is applied."""
+
+    kind: str  # "gray", "16-bit gray", "colour", "palette", "CMYK" or "alpha"
+    channels: int  # of the tensor that read_image returns: 1 or 3
+    height: int
+    width: int
+
+
+def read_image(
+    source: str | os.PathLike[str] | bytes,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    background: tuple[int, int, int] = WHITE,
+) -> torch.Tensor:
+    """Decode one picture to uint8 (c, h, w), upright: c is 1 for a gray picture and 3 for any other.
+
+    ``source`` is a path, or the bytes of a file. 16-bit gray is divided by 257, never clipped; an alpha
+    channel is laid over ``background`` (RGB, 0..255).
+
+    Raises ImageRejected, and nothing else, for whatever cannot be decoded whole: a missing, unreadable
+    or special file, another format, truncation, more than ``max_pixels`` pixels (seen in the header,
+    before memory is taken), pixels without a stated range.
+    """
+    with _rejections(source), _opened(source, max_pixels) as picture:
+        picture.load()
+        upright = _ORIENTATIONS.get(_orientation(picture))
+        flat = _to_8_bit(picture, background)
+        pixels = np.array(flat if upright is None else flat.transpose(upright))
+    if pixels.ndim == 2:
+        return torch.from_numpy(pixels)[None]
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def read_header(source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
+    """What a picture is, without decoding it. Raises ImageRejected for what the header already shows."""
+    with _rejections(source), _opened(source, max_pixels) as picture:
+        kind = _kind(picture)
+        channels = 1 if picture.mode in _GRAY or picture.mode in _GRAY_16 else 3
+        return Header(kind, channels, picture.height, picture.width)
+
+
+def to_channels(image: torch.Tensor, in_chans: int) -> torch.Tensor:
+    """uint8 (..., c, h, w) with c in {1, 3} -> (..., in_chans, h, w).
+
+    Colour becomes gray by the luma of Rec. 601, 0.299 R + 0.587 G + 0.114 B; gray is repeated.
+    """
+    channels = image.shape[-3]
+    if channels == in_chans:
+        return image
+    if (channels, in_chans) == (1, 3):
+        return image.expand(*image.shape[:-3], 3, *image.shape[-2:])
+    if (channels, in_chans) == (3, 1):
+        red, green, blue = image.to(torch.int32).unbind(-3)
+        luma = (299 * red + 587 * green + 114 * blue + 500) // 1000
+        return luma.to(torch.uint8).unsqueeze(-3)
+    raise ConfigError(f"{channels} channels cannot become {in_chans} - pictures have 1 (gray) or 3 (RGB)")
+
+
+def show_name(path: str | bytes | os.PathLike[str]) -> str:
+    """A file name that is safe to print: control, invisible and undecodable characters escaped."""
+    text = os.fsdecode(path)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+# Pillow modes: gray of at most 8 bits (with or without alpha), and gray of 16 bits.
+_GRAY = frozenset({"1", "L", "LA", "La"})
+_GRAY_16 = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N"})
+
+_ORIENTATIONS = {  # EXIF orientation -> what makes the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@contextmanager
+def _rejections(source: str | os.PathLike[str] | bytes) -> Iterator[None]:
+    """Whatever goes wrong inside leaves as ImageRejected with a short reason."""
+    name = f"{len(source)} bytes" if isinstance(source, bytes) else show_name(source)
+    try:
+        yield
+    except ImageRejected as error:
+        raise ImageRejected(error.reason, name) from None
+    except MemoryError:
+        raise ImageRejected("too large for memory", name) from None
+    except Exception as error:  # decoders raise nearly everything: zlib.error, KeyError, RecursionError, ...
+        raise ImageRejected(_reason(error), name) from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    if isinstance(error, EOFError) or "truncated" in str(error).lower():
+        return "truncated"
+    detail = show_name(str(error) or type(error).__name__)[:80]
+    if detail.startswith(_DAMAGE):
+        return "damaged or truncated"
+    return f"cannot be decoded: {detail}"
+
+
+# What Pillow says of incomplete WebP, JPEG, JPEG 2000 and compressed TIFF data.
+_DAMAGE = (
+    "could not create decoder object",
+    "broken data stream",
+    "unrecognized data stream",
+    "decoder error",
+)
+
+
+@contextmanager
+def _opened(source: str | os.PathLike[str] | bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """The picture with its header read and held to ``max_pixels``, nothing decoded yet."""
+    with io.BytesIO(source) if isinstance(source, bytes) else _open_regular(source) as file:
+        head = file.read(512)
+        if not head:
+            raise ImageRejected("empty file (0 bytes)")
+        try:
+            with _quiet_pillow():
+                picture = Image.open(file, formats=FORMATS)
+                if picture.format == "TIFF":  # would otherwise read its tags, and warn, while decoding
+                    picture.getexif()
+        except UnidentifiedImageError:
+            raise ImageRejected(_why_unidentified(head)) from None
+        pixels = picture.width * picture.height
+        if pixels > max_pixels:
+            raise ImageRejected(
+                f"{_megapixels(pixels)} MP > limit {_megapixels(max_pixels)} MP (--max-pixels)"
+            )
+        if picture.mode.startswith("F"):
+            raise ImageRejected("floating-point pixels have no stated range; save it as 8 or 16 bit")
+        yield picture
+
+
+def _open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open for reading, or refuse: never waits on a pipe, never touches a device."""
+    _refuse_special(os.stat(path).st_mode)
+    # Between stat and open the name may come to mean a pipe: O_NONBLOCK cannot hang, fstat sees it.
+    flags = getattr(os, "O_NONBLOCK", 0)
+    file = open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags))  # noqa: SIM115
+    try:
+        _refuse_special(os.fstat(file.fileno()).st_mode)
+    except ImageRejected:
+        file.close()
+        raise
+    return file
+
+
+def _refuse_special(mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise ImageRejected(f"not a regular file ({_FILE_KINDS.get(stat.S_IFMT(mode), 'special file')})")
+
+
+_FILE_KINDS = {
+    stat.S_IFDIR: "folder",
+    stat.S_IFIFO: "named pipe",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}
+
+
+@contextmanager
+def _quiet_pillow() -> Iterator[None]:
+    """Pillow's own size limit and its warnings, off while a header or an EXIF block is read.
+
+    The limit is ours to hold (``max_pixels``), and a warning about one file of fifty thousand helps
+    nobody. Both switches are process-wide, hence the lock; decoding runs outside of it, in parallel.
+    """
+    with _pillow_globals, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _orientation(picture: Image.Image) -> int:
+    """EXIF orientation, 1..8. Called after decoding: PNG keeps it behind the pixels, TIFF applies it."""
+    try:
+        with _quiet_pillow():
+            return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a damaged EXIF block does not make the pixels wrong
+        return 1
+
+
+def _to_8_bit(picture: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """Mode L or RGB, in the range 0..255, nothing transparent."""
+    if picture.mode in _GRAY_16:
+        return _from_16_bit(picture)
+    target = "L" if picture.mode in _GRAY else "RGB"
+    if picture.has_transparency_data:
+        paper = Image.new("RGBA", picture.size, (*background, 255))
+        picture = Image.alpha_composite(paper, picture.convert("RGBA"))
+    return picture.convert(target)
+
+
+def _from_16_bit(picture: Image.Image) -> Image.Image:
+    values = np.asarray(picture).astype(np.int64)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise ImageRejected(f"32-bit pixels {low}..{high} are outside 0..65535; save it as 16 bit")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def _kind(picture: Image.Image) -> str:
+    if picture.mode in _GRAY_16:
+        return "16-bit gray"
+    if picture.has_transparency_data:
+        return "alpha"
+    if picture.mode in _GRAY:
+        return "gray"
+    return {"P": "palette", "CMYK": "CMYK"}.get(picture.mode, "colour")
+
+
+def _megapixels(pixels: int) -> str:
+    millions = pixels / 1e6
+    return f"{millions:,.1f}".removesuffix(".0") if millions >= 1 else f"{millions:.2g}"
+
+
+_SIGNATURES = {  # first bytes -> what the file is, when Pillow's readers above do not know it
+    b"version https://git-lfs": "a Git LFS pointer, not the image: run git lfs pull",
+    b"%PDF": "a PDF document, not an image",
+    b"%!PS": "PostScript, which is not read",
+    b"8BPS": "a Photoshop document, which is not read",
+    b"PK\x03\x04": "a zip archive, not an image",
+    b"\x1f\x8b": "a gzip archive, not an image",
+    b"\x89PNG": "damaged or truncated PNG",
+    b"\xff\xd8\xff": "damaged or truncated JPEG",
+    b"GIF8": "damaged or truncated GIF",
+    b"RIFF": "damaged or truncated WebP",
+    b"II*\0": "damaged or truncated TIFF",
+    b"MM\0*": "damaged or truncated TIFF",
+    b"BM": "damaged or truncated BMP",
+}
+
+
+def _why_unidentified(head: bytes) -> str:
+    for signature, reason in _SIGNATURES.items():
+        if head.startswith(signature):
+            return reason
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
+        return "an HTML page, not an image"
+    if start.startswith((b"<svg", b"<?xml")):
+        return "SVG or XML, not a raster image"
+    if all(byte in b"\t\n\r\f" or 32 <= byte < 127 for byte in head):
+        return "text, not an image"
+    return f"not one of the formats read ({', '.join(FORMATS)})"

@@ -1,0 +1,1 @@
+"""SHOWING: what was measured, as one HTML file and as a local web view."""

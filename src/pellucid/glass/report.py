@@ -1,0 +1,89 @@
+"""A bundle of measurements as one HTML file that explains the model: no other file, no request."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from functools import cache
+from pathlib import Path
+
+from pellucid.glass.markup import Html, tag
+from pellucid.glass.reading import Bundle
+from pellucid.glass.sections.accuracy import accuracy
+from pellucid.glass.sections.attention import attention
+from pellucid.glass.sections.audit import audit
+from pellucid.glass.sections.data import data, reproduce
+from pellucid.glass.sections.headline import headline
+from pellucid.glass.sections.learning import learning
+from pellucid.glass.sections.model import model
+from pellucid.glass.sections.tokens import tokens
+
+SECTIONS = {
+    "model": ("the model", model),
+    "audit": ("the audit", audit),
+    "tokens": ("the tokens", tokens),
+    "attention": ("attention", attention),
+    "learning": ("learning", learning),
+    "accuracy": ("accuracy", accuracy),
+    "data": ("the data", data),
+    "reproduce": ("reproduce", reproduce),
+}
+"""Anchor, name in the contents, and maker of every section, in reading order."""
+
+
+def render(bundle: dict) -> str:
+    """The report on the models of ``bundle`` as the text of one HTML file (write it as UTF-8).
+
+    Any field of the bundle may be missing or ``None``, any number NaN: what needs it is left out.
+    Every string is shown as text; no string of the bundle becomes markup. The only script and style are
+    the two files beside this module; the page's own policy forbids any other and any request.
+    The first model is the subject, the others stand beside it. Typically 0.1 to 1 MB.
+    """
+    read = Bundle.read(bundle)
+    made = {anchor: (name, make(read)) for anchor, (name, make) in SECTIONS.items()}
+    shown = {anchor: (name, body) for anchor, (name, body) in made.items() if body}
+    contents = tag(
+        "nav",
+        *(tag("a", name, href=f"#{anchor}") for anchor, (name, _) in shown.items()),
+        aria_label="Contents",
+    )
+    main = tag("main", headline(read), contents if shown else "", *(body for _, body in shown.values()))
+    title = f"{read.fields.text('title', read.subject.label)} – pellucid report"
+    return "<!DOCTYPE html>\n" + tag("html", _head(title), tag("body", main, _script()), lang="en") + "\n"
+
+
+def _head(title: str) -> Html:
+    return tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=_policy()),
+        tag("meta", name_="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name_="color-scheme", content="light dark"),
+        tag("title", title),
+        tag("style", Html(_file("report.css"))),
+    )
+
+
+def _policy() -> str:
+    """Nothing from any host; one style, one script, both named by their hash; pictures inside the file."""
+    allowed = {"script-src": _file("report.js"), "style-src": _file("report.css")}
+    hashed = [f"{kind} 'sha256-{_digest(text)}'" for kind, text in allowed.items()]
+    return "; ".join(
+        ["default-src 'none'", *hashed, "img-src data:", "base-uri 'none'", "form-action 'none'"]
+    )
+
+
+def _digest(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
+
+
+def _script() -> Html:
+    return tag("script", Html(_file("report.js")))
+
+
+@cache
+def _file(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+__all__ = ["render"]

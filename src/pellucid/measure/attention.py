@@ -1,0 +1,59 @@
+"""Where each head looks: attention from the class token onto the patches, layer by layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pellucid.measure.watch import Sighting, in_eval_mode, is_white_box, watch
+from pellucid.steps.mssa import AttentionStep
+
+
+@torch.no_grad()
+def attention_maps(model: Any, images: Float[Tensor, "b c h w"]) -> dict[int, Float[Tensor, "b K n"]]:
+    """For each layer (from 1) the weights with which every head of the class token reads the patches.
+
+    Without a class token it is the mean over all tokens. Rows sum to what is left after class token and
+    registers. Layers that compress without attention are left out.
+    """
+    prefix = getattr(model, "num_prefix_tokens", 0)
+    maps: dict[int, Tensor] = {}
+
+    def keep(layer: int, weights: Tensor) -> None:
+        reader = weights[:, :, 0] if prefix else weights.mean(-2)
+        maps[layer] = reader[..., prefix:].cpu()
+
+    def see(sighting: Sighting) -> None:
+        record = sighting.record
+        if record is not None and isinstance(record.step, AttentionStep):
+            keep(sighting.layer, record.step.attention(record.z))
+
+    with in_eval_mode(model):
+        if is_white_box(model):
+            watch(model, images, see)
+            return maps
+        hooks = [
+            block.attn.register_forward_pre_hook(
+                lambda module, args, layer=layer: keep(layer, _vit_attention(module, args[0]))
+            )
+            for layer, block in enumerate(getattr(model, "blocks", []), start=1)
+            if hasattr(getattr(block, "attn", None), "qkv")
+        ]
+        try:
+            model.forward_features(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return maps
+
+
+def _vit_attention(attention: Any, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b K n n"]:
+    """timm's attention weights, which its fused kernel does not form."""
+    qkv = attention.qkv(tokens).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    identity = nn.Identity()
+    q = getattr(attention, "q_norm", identity)(qkv[0])
+    k = getattr(attention, "k_norm", identity)(qkv[1])
+    return (q @ k.mT * attention.scale).softmax(-1)

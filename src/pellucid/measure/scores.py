@@ -1,0 +1,122 @@
+"""How well a classifier classifies, with the uncertainty that the number of images leaves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pellucid.errors import DataError
+from pellucid.measure.watch import in_eval_mode
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Accuracy with its interval, class by class, and what was taken for what.
+
+    Attributes:
+        accuracy: share of images classified rightly.
+        interval: Wilson's interval for it.
+        confidence: of the interval.
+        count: images.
+        classes: for each class ``name``, ``count``, ``precision``, ``recall``, ``f1``; None where undefined.
+        confusion: counts, rows are true classes and columns predicted ones.
+    """
+
+    accuracy: float
+    interval: tuple[float, float]
+    confidence: float
+    count: int
+    classes: list[dict[str, Any]]
+    confusion: list[list[int]]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def table(self) -> str:
+        """Class by class as text for a terminal."""
+        width = max([5, *(len(row["name"]) for row in self.classes)])
+        lines = [f"{'class':<{width}}  images  precision  recall      f1"]
+        for row in self.classes:
+            cells = ["      -" if row[k] is None else f"{row[k]:7.1%}" for k in ("precision", "recall", "f1")]
+            lines.append(f"{row['name']:<{width}}  {row['count']:>6}    {cells[0]} {cells[1]} {cells[2]}")
+        return "\n".join(lines)
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    class_names: Sequence[str] | None = None,
+    *,
+    confidence: float = 0.95,
+    progress: Callable[[int], None] | None = None,
+) -> Scores:
+    """Score a classifier on labelled batches ``(images, labels, ...)``.
+
+    Raises:
+        DataError: no images, or a label that the model has no class for.
+    """
+    device = next(model.parameters()).device
+    true: list[Tensor] = []
+    guessed: list[Tensor] = []
+    with in_eval_mode(model), torch.no_grad():
+        for batch in batches:
+            guessed.append(model(batch[0].to(device)).argmax(-1).cpu())
+            true.append(batch[1].cpu())
+            if progress is not None:
+                progress(len(batch[1]))
+    if not true:
+        raise DataError("no images to evaluate - give at least one batch")
+    labels, predictions = torch.cat(true).numpy(), torch.cat(guessed).numpy()
+    names = list(class_names or map(str, range(_num_classes(model, labels))))
+    if labels.max() >= len(names):
+        raise DataError(f"a label is {labels.max()}, the model has {len(names)} classes")
+    confusion = np.zeros((len(names), len(names)), dtype=np.int64)
+    np.add.at(confusion, (labels, predictions), 1)
+    right = int(np.trace(confusion))
+    return Scores(
+        accuracy=right / len(labels),
+        interval=wilson_interval(right, len(labels), confidence),
+        confidence=confidence,
+        count=len(labels),
+        classes=[_class_row(confusion, i, name) for i, name in enumerate(names)],
+        confusion=confusion.tolist(),
+    )
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor) -> Tensor:
+    """Class probabilities ``(b, K)``."""
+    with in_eval_mode(model):
+        return model(images.to(next(model.parameters()).device)).float().softmax(-1).cpu()
+
+
+def wilson_interval(successes: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval for a share: honest for few images and near 0 and 1 (Wilson 1927)."""
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    share = successes / count
+    centre = share + z**2 / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    scale = 1 + z**2 / count
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def _class_row(confusion: np.ndarray, i: int, name: str) -> dict[str, Any]:
+    right, true, guessed = (int(v) for v in (confusion[i, i], confusion[i].sum(), confusion[:, i].sum()))
+    return {
+        "name": name,
+        "count": true,
+        "precision": right / guessed if guessed else None,
+        "recall": right / true if true else None,
+        "f1": 2 * right / (true + guessed) if true + guessed else None,
+    }
+
+
+def _num_classes(model: nn.Module, labels: np.ndarray) -> int:
+    return int(getattr(model, "num_classes", labels.max() + 1))

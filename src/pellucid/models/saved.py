@@ -1,0 +1,174 @@
+"""Models on disk: a folder with ``config.json`` and ``model.safetensors``, in timm's layout.
+
+``timm.create_model("local-dir:FOLDER", pretrained=True)`` and transformers'
+``AutoModelForImageClassification.from_pretrained(FOLDER)`` read it too, once ``pellucid.models`` is imported.
+Nothing is ever unpickled, and a name from a file only ever selects from timm's registry.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pellucid.errors import CheckpointError, suggest
+from pellucid.models.create import create_model, list_models
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+_SOURCE = ("url", "hf_hub_id", "architecture", "tag", "custom_load")
+"""Where timm's published weights of an architecture come from: not where these come from."""
+
+
+def describe_model(
+    model: Any,
+    weights: Mapping[str, Tensor],
+    *,
+    class_names: Sequence[str],
+    mean: Sequence[float],
+    std: Sequence[float],
+    img_size: tuple[int, int],
+    in_chans: int,
+) -> dict[str, Any]:
+    """The ``config.json`` of a model made by :func:`~pellucid.models.create.create_model`.
+
+    ``num_classes`` stands beside ``model_args`` and not in it: transformers passes both to timm.
+    """
+    arguments = {k: v for k, v in model.model_args.items() if k not in ("num_classes", "in_chans")}
+    cfg = {k: v for k, v in model.pretrained_cfg.items() if v is not None and k not in _SOURCE}
+    cfg |= {
+        "num_classes": len(class_names),
+        "input_size": [in_chans, *img_size],
+        "mean": list(mean),
+        "std": list(std),
+        "label_names": list(class_names),
+    }
+    return {
+        "architecture": model.architecture,
+        "num_classes": len(class_names),
+        "num_features": model.num_features,
+        "global_pool": model.global_pool,
+        "model_args": {**arguments, "in_chans": in_chans},
+        "label_names": list(class_names),
+        "pretrained_cfg": cfg,
+        "num_parameters": sum(value.numel() for value in weights.values()),
+    }
+
+
+def load(path: str | os.PathLike[str]) -> nn.Module:
+    """A trained model, from a run's folder or a ``model/`` folder, in eval mode.
+
+    Class names, mean and std are in ``model.pretrained_cfg``.
+
+    Raises:
+        CheckpointError: nothing there, an unknown architecture, a pickle, a damaged file, or weights that
+            do not fit the architecture.
+    """
+    folder = _model_folder(Path(path))
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        name, num_classes = config["architecture"], int(config["num_classes"])
+        cfg, arguments = dict(config["pretrained_cfg"]), dict(config["model_args"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / CONFIG} is not a model's config ({error}) - save the model again"
+        ) from error
+    if not isinstance(name, str) or not timm.is_model(name):
+        raise CheckpointError(f"{folder}: unknown architecture '{name}'{suggest(str(name), list_models())}")
+    model: Any = create_model(name, **{**arguments, "num_classes": num_classes})
+    load_matched(model, read_weights(folder / WEIGHTS), where=str(folder / WEIGHTS))
+    model.pretrained_cfg = {**vars(model)["pretrained_cfg"], **cfg}
+    return model.eval()
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, and of nothing else."""
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+        if magic[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or magic == b"PK\x03\x04":
+            raise CheckpointError(
+                f"refused: {path} is a pickle, which can run code when loaded - use a safetensors file"
+            )
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is damaged or not a safetensors file ({error}) - get it again"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read weights: {path} ({error.strerror or error})") from error
+
+
+def load_matched(model: nn.Module, state: Mapping[str, Tensor], where: str = "the weights") -> None:
+    """Load a state dict whose every key and shape fits, or list all that do not."""
+    expected = model.state_dict()
+    missing = sorted(expected.keys() - state.keys())
+    unexpected = sorted(state.keys() - expected.keys())
+    shapes = [
+        f"{key} is {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
+        for key in sorted(expected.keys() & state.keys())
+        if state[key].shape != expected[key].shape
+    ]
+    if missing or unexpected or shapes:
+        lines = [
+            f"{title} ({len(items)}): {', '.join(items[:5])}{', ...' if len(items) > 5 else ''}"
+            for title, items in (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes))
+            if items
+        ]
+        raise CheckpointError(f"{where}: do not fit the model\n" + "\n".join(lines))
+    model.load_state_dict(dict(state))
+
+
+def copy_weights(model: nn.Module, path: str | os.PathLike[str], *, new_head: bool = False) -> None:
+    """Start a model from the weights of a saved one: ``--init-from``.
+
+    Args:
+        model: to be filled, made by ``create_model``.
+        path: a run, a model folder or a ``.safetensors`` file.
+        new_head: leave the model's fresh classifier in place of the saved one.
+
+    Raises:
+        CheckpointError: another architecture or class count, naming both and the way on.
+    """
+    source = Path(path)
+    if source.is_file():
+        state = read_weights(source)
+    else:
+        folder = _model_folder(source)
+        state = read_weights(folder / WEIGHTS)
+        saved = json.loads((folder / CONFIG).read_text()).get("architecture")
+        if saved != model.architecture:
+            raise CheckpointError(
+                f"{path} is {saved}, the run asks for {model.architecture} - give --model {saved}"
+            )
+    head = getattr(model, "pretrained_cfg", {}).get("classifier", "head")
+    ours, theirs = model.state_dict(), dict(state)
+    names = [key for key in ours if key.startswith(f"{head}.")]
+    if new_head:
+        theirs |= {key: ours[key] for key in names}
+    for key in names:
+        if key in theirs and theirs[key].shape != ours[key].shape:
+            raise CheckpointError(
+                f"{path} knows {len(theirs[key])} classes, the data has {len(ours[key])} - give --new-head "
+                f"to learn a fresh classifier, or train on data with the same classes"
+            )
+    load_matched(model, theirs, where=str(path))
+
+
+def _model_folder(path: Path) -> Path:
+    for folder in (path / "model", path):
+        if (folder / CONFIG).is_file():
+            return folder
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file; expected a run's folder or its model/ folder")
+    if (path / "checkpoints").is_dir():
+        raise CheckpointError(f"{path} holds a run that has not ended - finish it with --resume")
+    what = "holds no model" if path.exists() else "does not exist"
+    raise CheckpointError(f"{path} {what}; expected a run's folder or a folder with {CONFIG} and {WEIGHTS}")

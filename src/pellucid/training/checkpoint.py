@@ -1,0 +1,236 @@
+"""The files door: whatever is written here is either there whole or not there at all.
+
+A checkpoint is a folder ``step-00000400`` with ``state.safetensors``, ``state.json`` and ``MANIFEST.json``
+(sizes and SHA-256 of the others). It is written as ``.tmp-*``, flushed, and renamed; the newest folder whose
+manifest holds is the checkpoint. Nothing is overwritten in place, and deletion begins with a rename, so a
+process killed at any moment leaves the old state, the new one, or leftovers that the next one removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as tensors_from_bytes
+from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor
+
+from pellucid.errors import CheckpointError, NumericsError
+
+MANIFEST = "MANIFEST.json"
+KEEP = 2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A state as it was saved.
+
+    Attributes:
+        step: optimiser steps done.
+        tensors: by name.
+        meta: whatever else, as JSON.
+        damaged: newer checkpoints that were passed over, each with the reason.
+    """
+
+    step: int
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+    damaged: list[str] = field(default_factory=list)
+
+
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:
+    """Write the state after ``step`` steps; keep the newest two.
+
+    Raises:
+        NumericsError: a tensor holds NaN or infinity. Nothing is written.
+        CheckpointError: the disk is full or the folder cannot be written; earlier checkpoints stand.
+    """
+    bad = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
+    if bad:
+        raise NumericsError(
+            f"step {step} holds {len(bad)} non-finite tensors ({', '.join(bad[:3])}) - it was not saved; "
+            f"{_last_good(folder)}"
+        )
+    final = folder / f"step-{step:08d}"
+    if final.exists() and _damage(final) is None:
+        return final
+    contents = {
+        "state.safetensors": tensors_to_bytes(
+            {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        ),
+        "state.json": json.dumps({"step": step, **meta}).encode(),
+    }
+    with saving(folder, sum(map(len, contents.values()))):
+        with new_folder(final) as scratch:
+            for name, content in contents.items():
+                write_flushed(scratch / name, content)
+            manifest = {name: _digest(content) for name, content in contents.items()}
+            write_flushed(scratch / MANIFEST, json.dumps({"schema": 1, "files": manifest}).encode())
+        for old in _steps(folder)[:-KEEP]:
+            remove_folder(old)
+    return final
+
+
+def load_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest valid checkpoint in ``folder``, or None where there is none at all.
+
+    Raises:
+        CheckpointError: there are checkpoints and every one is damaged.
+    """
+    damaged: list[str] = []
+    for path in reversed(_steps(folder)):
+        reason = _damage(path)
+        if reason is None:
+            meta = json.loads((path / "state.json").read_bytes())
+            tensors = tensors_from_bytes((path / "state.safetensors").read_bytes())
+            return Checkpoint(meta.pop("step"), tensors, meta, damaged)
+        damaged.append(f"{path.name}: {reason}")
+    if damaged:
+        raise CheckpointError(f"no valid checkpoint in {folder}\n" + "\n".join(damaged[:3]))
+    return None
+
+
+def sweep(folder: Path) -> int:
+    """Remove what a killed process left half written or half deleted; returns how many folders."""
+    leftovers = [*folder.glob(".tmp-*"), *folder.glob(".del-*")]
+    for path in leftovers:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return len(leftovers)
+
+
+@contextlib.contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """A scratch folder that becomes ``final`` when the block ends well, and vanishes when it does not.
+
+    What stood at ``final`` is moved aside first and removed last.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    scratch = final.parent / f".tmp-{final.name}-{os.getpid()}"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
+        for path in scratch.iterdir():
+            _flush(path)
+        _flush(scratch)
+        if final.exists():
+            remove_folder(final, then=lambda: os.rename(scratch, final))
+        else:
+            os.rename(scratch, final)
+        _flush(final.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def remove_folder(path: Path, then: Any = None) -> None:
+    """Out of sight by one rename, then deleted. ``then`` runs between the two."""
+    aside = path.parent / f".del-{path.name}-{os.getpid()}"
+    os.rename(path, aside)
+    if then is not None:
+        then()
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_file(path: Path, content: str) -> None:
+    """A text file, whole or not at all."""
+    scratch = path.parent / f".tmp-{path.name}-{os.getpid()}"
+    data = content.encode("utf-8", "backslashreplace")
+    with saving(path.parent, len(data)):
+        try:
+            write_flushed(scratch, data)
+            os.replace(scratch, path)
+            _flush(path.parent)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+
+def write_flushed(path: Path, content: bytes) -> None:
+    """Bytes that are on the disk, not in a cache, when this returns."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def saving(folder: Path, needed: int) -> Iterator[None]:
+    """Turn a failed write into an error that says what was needed and what still stands."""
+    try:
+        yield
+    except OSError as error:
+        what = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk quota used up", errno.EFBIG: "file too large"}
+        free = f", {_megabytes(shutil.disk_usage(folder).free)} free" if folder.exists() else ""
+        raise CheckpointError(
+            f"{what.get(error.errno or 0, 'cannot write')}: needs {_megabytes(needed)}{free} on {folder} "
+            f"({error.strerror}) - make room, then run again with --resume; {_last_good(folder)}"
+        ) from error
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder against a second run. The kernel lets go when the process ends, however it ends."""
+    path = folder / "run.lock"
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise CheckpointError(f"{folder} is in use by {holder} - wait, or take another --out") from None
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield
+
+
+def _damage(path: Path) -> str | None:
+    """Why this checkpoint cannot be used, or None."""
+    try:
+        files = json.loads((path / MANIFEST).read_bytes())["files"]
+        for name, expected in files.items():
+            if _digest((path / name).read_bytes()) != expected:
+                return f"{name} is damaged (SHA-256 differs)"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"incomplete ({type(error).__name__})"
+    return None if {"state.safetensors", "state.json"} <= files.keys() else "incomplete"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def _last_good(folder: Path) -> str:
+    good = next((path.name for path in reversed(_steps(folder)) if _damage(path) is None), None)
+    return f"last good checkpoint: {good}" if good else "no earlier checkpoint"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def thread_fingerprint() -> dict[str, Any]:
+    """What bit-identical results depend on besides the seed."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"torch": torch.__version__, "device": device, "threads": torch.get_num_threads()}

@@ -1,0 +1,175 @@
+"""What a run is: every choice, with its default, checked before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from pellucid.errors import ConfigError, suggest
+
+Augment = Literal["auto", "none", "small", "photo"]
+Precision = Literal["32", "bf16"]
+Engine = Literal["lightning", "plain"]
+
+FREE = {"out", "workers", "save_every", "download", "data_root", "engine", "accelerator", "devices", "nodes"}
+"""What a resumed run may change: where and how it runs, not what it computes."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """All choices of a training run. ``runs/NAME/config.yaml`` holds them as resolved and is accepted back.
+
+    Attributes:
+        data: a known name, a folder of class folders, or a ``.npz``.
+        out: the run's folder.
+        model: any name of ``pellucid models`` or timm; chosen by the size of the pictures when empty.
+        model_args: options of the architecture: ``img_size``, ``patch_size``, ``embed_dim``, ...
+        objective: what is learnt from: ``supervised``.
+        seed: of everything random.
+        epochs: passes over the training images; a fraction is allowed.
+        batch_size: images of one optimiser step, over all devices and accumulated micro-batches.
+        lr: peak rate of AdamW.
+        matrix_lr: peak rate of Muon, which moves the layers' matrices.
+        weight_decay: decoupled.
+        warmup: share of the run over which rates rise.
+        label_smoothing: share of the target spread over all classes.
+        clip: largest norm of the gradient; 0 leaves it alone.
+        average: decay of averaged weights; 0 keeps none.
+        augment: ``small`` (turn, shift, scale), ``photo`` (random crop), ``none``, or by the data.
+        flip: mirror half of the images; by the data when left out (photos yes, digits no).
+        precision: ``32``, or ``bf16`` for products in bfloat16.
+        accumulate: micro-batches of one step.
+        workers: processes that read images.
+        eval_every: epochs between evaluations; 0 chooses at most 40 in a run.
+        save_every: steps between checkpoints; 0 saves once an epoch.
+        init_from: a run, model folder or safetensors file whose weights to start from.
+        new_head: with ``init_from``: a fresh classifier.
+        max_bad: share of unreadable images above which a run is refused.
+        download: fetch a named data set.
+        data_root: where named data sets are kept.
+        engine: ``lightning``, or ``plain`` for the loop in ``training/loops.py``.
+        accelerator, devices, nodes: as lightning takes them.
+    """
+
+    data: str
+    out: str = ""
+    model: str = ""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    objective: str = "supervised"
+    seed: int = 0
+    epochs: float = 80
+    batch_size: int = 128
+    lr: float = 3e-3
+    matrix_lr: float = 1e-2
+    weight_decay: float = 0.05
+    warmup: float = 0.05
+    label_smoothing: float = 0.1
+    clip: float = 1.0
+    average: float = 0.0
+    augment: Augment = "auto"
+    flip: bool | None = None
+    precision: Precision = "32"
+    accumulate: int = 1
+    workers: int = 0
+    eval_every: float = 0
+    save_every: int = 0
+    init_from: str | None = None
+    new_head: bool = False
+    max_bad: float = 0.01
+    download: bool = False
+    data_root: str | None = None
+    engine: Engine = "lightning"
+    accelerator: str = "auto"
+    devices: int | str = 1
+    nodes: int = 1
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for key, hint in hints.items():
+            setattr(self, key, _checked(key, getattr(self, key), hint))
+        for key in ("epochs", "batch_size", "accumulate", "lr", "matrix_lr"):
+            if not getattr(self, key) > 0:
+                raise ConfigError(f"{key} is {getattr(self, key)}; it must be larger than 0")
+        for key in ("weight_decay", "clip", "workers", "eval_every", "save_every", "seed"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"{key} is {getattr(self, key)}; it must not be negative")
+        for key in ("warmup", "label_smoothing", "average", "max_bad"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ConfigError(f"{key} is {getattr(self, key)}; it must lie in 0..1")
+
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, Any]) -> TrainConfig:
+        """Checked options; an unknown key is an error that names the nearest known one."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in options:
+            if key not in known:
+                raise ConfigError(f"unknown option '{key}'{suggest(str(key), known)}")
+        if not options.get("data"):
+            raise ConfigError("no data given - name a folder, a .npz file or a known data set such as digits")
+        return cls(**options)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Options from a YAML file.
+
+    Raises:
+        ConfigError: not there, not YAML, or not a mapping.
+    """
+    try:
+        options = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read config {path} ({error.strerror})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(options, dict):
+        raise ConfigError(f"{path} holds no options; expected lines such as 'epochs: 80'")
+    return options
+
+
+def refuse_changes(saved: TrainConfig, asked: TrainConfig) -> None:
+    """A resumed run computes what it began to compute.
+
+    Raises:
+        ConfigError: listing each changed option that is not in :data:`FREE`.
+    """
+    before, after = dataclasses.asdict(saved), dataclasses.asdict(asked)
+    changed = [f"{k} {before[k]} -> {after[k]}" for k in before if k not in FREE and before[k] != after[k]]
+    if changed:
+        raise ConfigError(
+            f"cannot resume with other options: {'; '.join(changed)} - leave them as they were, or start a "
+            f"new run with --init-from"
+        )
+
+
+def _checked(key: str, value: Any, hint: Any) -> Any:
+    """The value in the annotated type, or an error that names both."""
+    options = get_args(hint)
+    if get_origin(hint) is Literal:
+        if str(value) in options:
+            return str(value)
+        raise ConfigError(f"{key} is '{value}'{suggest(str(value), options)}")
+    plain = [
+        t for t in (options if options and get_origin(hint) is not dict else [hint]) if t is not type(None)
+    ]
+    if value is None and type(None) in options:
+        return None
+    for kind in (get_origin(t) or t for t in plain):
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+            return value
+        if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+            try:
+                return float(value)
+            except ValueError:
+                continue
+    names = " or ".join(getattr(t, "__name__", str(t)) for t in plain)
+    raise ConfigError(f"{key} is {value!r}; expected {names}")

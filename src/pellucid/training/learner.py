@@ -1,0 +1,117 @@
+"""One optimiser step, the same for every loop that drives it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pellucid.errors import NumericsError
+from pellucid.training.recipe import Average, MuonAdamW, cosine_with_warmup
+
+
+class Learner:
+    """Everything that a step of training reads and changes.
+
+    A loop calls :meth:`losses` for each micro-batch, sends them backward, and calls :meth:`update` once. All
+    randomness is a function of (seed, step, micro-batch), so nothing depends on what ran before.
+
+    Args:
+        objective: a module that turns a batch into ``{"loss": ..., parts}`` and owns ``model``.
+        optimizer: over the objective's parameters.
+        total_steps: length of the run, for the schedule.
+        warmup: share of the run over which the rate rises.
+        clip: largest norm of the gradient; 0 leaves it alone.
+        average: decay of the averaged weights; 0 keeps none.
+        seed: of dropout and whatever else is random in a step.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        optimizer: MuonAdamW,
+        total_steps: int,
+        *,
+        warmup: float = 0.05,
+        clip: float = 0.0,
+        average: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.objective, self.optimizer = objective, optimizer
+        self.model: nn.Module = objective.get_submodule("model")
+        self.total_steps, self.warmup, self.clip, self.seed = total_steps, warmup, clip, seed
+        self.average = Average(self.model, average) if average else None
+        self.step = 0
+        self.any_rank: Callable[[bool], bool] = lambda flag: flag
+        self._finite: Tensor | None = None
+
+    def losses(self, batch: tuple[Tensor, ...], micro: int) -> dict[str, Tensor]:
+        """The objective on one micro-batch ``(images, labels, index)`` of the current step."""
+        torch.manual_seed(_mix(self.seed, self.step, micro))
+        parts = self.objective(*batch[:2])
+        finite = parts["loss"].detach().isfinite()
+        self._finite = finite if self._finite is None else self._finite & finite
+        return parts
+
+    def update(self, apply: Callable[[], Any] | None = None) -> None:
+        """Move the parameters along the accumulated gradient.
+
+        Args:
+            apply: called in place of ``optimizer.step``, where an engine wraps it.
+
+        Raises:
+            NumericsError: the loss or a gradient is not finite, here or on another rank. Parameters,
+                optimiser, average and step are as before the call.
+        """
+        parameters = [p for p in self.objective.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        finite_loss, self._finite = self._finite, None
+        bad_loss = finite_loss is not None and not bool(finite_loss)
+        if self.any_rank(bad_loss or not bool(norm.isfinite())):
+            self.optimizer.zero_grad(set_to_none=True)
+            what = "loss" if bad_loss else "gradient" if not bool(norm.isfinite()) else "loss on another rank"
+            raise NumericsError(f"non-finite {what} at step {self.step + 1}")
+        if self.clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
+        self.optimizer.set_lr(self.lr_factor)
+        (apply or self.optimizer.step)()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(self.model, self.step)
+        self.step += 1
+
+    @property
+    def lr_factor(self) -> float:
+        return cosine_with_warmup(self.step, self.total_steps, self.warmup)
+
+    def final_weights(self) -> Mapping[str, Tensor]:
+        """What the run hands over: the averaged weights where there are any."""
+        return self.model.state_dict() if self.average is None else self.average.weights
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All state as named tensors."""
+        state = {f"objective/{name}": value for name, value in self.objective.state_dict().items()}
+        state |= {f"optimizer/{name}": value for name, value in self.optimizer.tensors().items()}
+        if self.average is not None:
+            state |= {f"average/{name}": value for name, value in self.average.weights.items()}
+        return state
+
+    def load_tensors(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """The inverse of :meth:`tensors`."""
+        parts: dict[str, dict[str, Tensor]] = {"objective": {}, "optimizer": {}, "average": {}}
+        for key, value in tensors.items():
+            part, name = key.split("/", 1)
+            parts[part][name] = value
+        self.objective.load_state_dict(parts["objective"])
+        self.optimizer.load_tensors(parts["optimizer"])
+        if self.average is not None:
+            for name, value in parts["average"].items():
+                self.average.weights[name].copy_(value)
+        self.step = step
+
+
+def _mix(seed: int, step: int, micro: int) -> int:
+    """A 63-bit seed that differs for every (seed, step, micro-batch) in reach."""
+    return (seed * 1_000_003 + step * 8_191 + micro) * 2_654_435_761 % (1 << 63)

@@ -1,0 +1,136 @@
+"""Two drivers of a :class:`Learner`: a plain loop, and lightning. They give the same bits on one CPU."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+
+from pellucid.training.learner import Learner
+
+Batch = tuple[Tensor, ...]
+AfterStep = Callable[[dict[str, Tensor]], None]
+"""Called after each optimiser step with the step's parts, each the mean over its micro-batches."""
+
+PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}
+
+
+def fit_plain(
+    learner: Learner,
+    batches: Iterable[Batch],
+    after_step: AfterStep,
+    *,
+    accumulate: int = 1,
+    precision: str = "32",
+    device: str | torch.device = "cpu",
+) -> None:
+    """Train on micro-batches in reading order, ``accumulate`` of them to a step.
+
+    ``after_step`` may raise to stop.
+    """
+    device = torch.device(device)
+    learner.objective.to(device).train()
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    parts: list[dict[str, Tensor]] = []
+    for batch in batches:
+        batch = tuple(part.to(device, non_blocking=True) for part in batch)
+        with autocast:
+            parts.append(learner.losses(batch, micro=len(parts)))
+        (parts[-1]["loss"] / accumulate).backward()
+        if len(parts) == accumulate:
+            learner.update()
+            after_step(_mean(parts))
+            parts = []
+
+
+def fit_lightning(
+    learner: Learner,
+    make_batches: Callable[[int, int], Iterable[Batch]],
+    after_step: AfterStep,
+    *,
+    accumulate: int = 1,
+    precision: str = "32",
+    accelerator: str = "auto",
+    devices: int | str = 1,
+    nodes: int = 1,
+) -> None:
+    """Train under lightning, which brings devices, nodes, launchers and precision.
+
+    Lightning counts nothing here: the batches say where the run begins and ends, and checkpoints, logs and
+    the progress bar hang on ``after_step``. Its own resumption restores a loop's position from a snapshot;
+    ours needs none.
+
+    Args:
+        make_batches: ``(rank, world) -> micro-batches`` of that rank.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        trainer = lightning.Trainer(
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=nodes,
+            precision=PRECISIONS[precision],  # type: ignore[arg-type]
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+        )
+        trainer.fit(_Module(learner, make_batches, after_step, accumulate))
+
+
+class _Module(lightning.LightningModule):
+    """The learner in lightning's words."""
+
+    def __init__(
+        self,
+        learner: Learner,
+        make_batches: Callable[[int, int], Iterable[Batch]],
+        after_step: AfterStep,
+        accumulate: int,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.objective = learner.objective
+        self.learner, self.make_batches = learner, make_batches
+        self.after_step, self.accumulate = after_step, accumulate
+        self.parts: list[dict[str, Tensor]] = []
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.learner.optimizer
+
+    def train_dataloader(self) -> Iterable[Batch]:
+        return self.make_batches(self.global_rank, self.trainer.world_size)
+
+    def on_fit_start(self) -> None:
+        self.learner.any_rank = self._any_rank
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        self.parts.append(self.learner.losses(batch, micro=len(self.parts)))
+        self.manual_backward(self.parts[-1]["loss"] / self.accumulate)
+        if len(self.parts) == self.accumulate:
+            optimizer: Any = self.optimizers()
+            self.learner.update(apply=optimizer.step)
+            self.after_step(_mean(self.parts))
+            self.parts = []
+
+    def _any_rank(self, flag: bool) -> bool:
+        if self.trainer.world_size == 1:
+            return flag
+        total: Any = self.trainer.strategy.reduce(
+            torch.tensor(float(flag), device=self.device), reduce_op="sum"
+        )
+        return bool(total > 0)
+
+
+def _mean(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.stack([part[key].detach() for part in parts]).mean() for key in parts[0]}

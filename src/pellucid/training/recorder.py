@@ -1,0 +1,200 @@
+"""What happens after each optimiser step: log, evaluate, save, stop."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pellucid.errors import Stopped
+from pellucid.training.checkpoint import save_checkpoint, thread_fingerprint, write_file
+from pellucid.training.learner import Learner
+
+SAVE_SECONDS = 600.0
+
+
+class StopFlag:
+    """Set by SIGINT and SIGTERM while the block runs. A second signal is not caught: it ends the process."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopFlag:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+class Recorder:
+    """Follows a learner through its run folder; an instance is the loop's ``after_step``.
+
+    Args:
+        out: the run's folder.
+        learner: whose step has just been taken.
+        evaluation: batches to evaluate on.
+        steps_per_epoch: may be a fraction.
+        eval_every, save_every: in steps.
+        data: fingerprint of the data, kept in every checkpoint.
+        stop: asked after every step.
+        writes: False on all ranks but one.
+        progress: draw a bar.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        learner: Learner,
+        evaluation: Callable[[], Iterable[tuple[Tensor, ...]]],
+        *,
+        steps_per_epoch: float,
+        eval_every: int,
+        save_every: int,
+        data: str,
+        stop: StopFlag,
+        writes: bool = True,
+        progress: bool = True,
+    ) -> None:
+        self.out, self.learner, self.evaluation = out, learner, evaluation
+        self.steps_per_epoch, self.eval_every, self.save_every = steps_per_epoch, eval_every, save_every
+        self.log_every = max(1, min(50, round(steps_per_epoch)))
+        self.data, self.stop, self.writes = data, stop, writes
+        self.latest: dict[str, float] = {}
+        self.window: dict[str, float] = {}
+        self.started = self.saved_at = time.monotonic()
+        self.earlier_seconds = 0.0
+        self.bar = tqdm(
+            total=learner.total_steps,
+            initial=learner.step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not (progress and writes),
+            mininterval=0.2,
+        )
+
+    def __call__(self, parts: dict[str, Tensor]) -> None:
+        step = self.learner.step
+        for key, value in parts.items():
+            self.window[key] = self.window.get(key, 0.0) + value.item()
+        self.window["steps"] = self.window.get("steps", 0) + 1
+        self.bar.update()
+        last = step == self.learner.total_steps
+        if step % self.log_every == 0 or last:
+            self._log_training()
+        if step % self.eval_every == 0 or last:
+            self.evaluate()
+        late = time.monotonic() - self.saved_at > SAVE_SECONDS
+        if step % self.save_every == 0 or last or late or self.stop.name:
+            self.save()
+        if self.stop.name and not last:
+            raise Stopped(
+                f"stopped by {self.stop.name}: saved step {step} of {self.learner.total_steps} in "
+                f"{self.out} - run the same command with --resume to go on"
+            )
+
+    def evaluate(self) -> None:
+        """The objective on the evaluation batches, with the weights that the run would hand over now."""
+        if not self.writes:
+            return
+        parts = evaluate(self.learner, self.evaluation())
+        self.latest |= {f"test {key}": value for key, value in parts.items()}
+        self._show()
+        self._write("test", parts)
+
+    def save(self) -> None:
+        """A checkpoint of this very step."""
+        self.saved_at = time.monotonic()
+        if self.writes:
+            meta = {
+                "data": self.data,
+                "seconds": self.seconds,
+                "window": self.window,
+                "latest": self.latest,
+                "made_by": thread_fingerprint(),
+            }
+            save_checkpoint(self.out / "checkpoints", self.learner.step, self.learner.tensors(), meta)
+
+    def restore(self, meta: dict[str, Any]) -> None:
+        """Go on where a checkpoint's log stood; later lines are dropped, they will be written again."""
+        self.window, self.latest = dict(meta["window"]), dict(meta["latest"])
+        self.earlier_seconds = meta["seconds"]
+        path = self.out / "metrics.jsonl"
+        if self.writes and path.exists():
+            kept = [line for line in read_lines(path) if line["step"] <= self.learner.step]
+            write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    @property
+    def seconds(self) -> float:
+        """Spent on the run, over all sittings."""
+        return self.earlier_seconds + time.monotonic() - self.started
+
+    def _log_training(self) -> None:
+        steps = self.window.pop("steps")
+        means = {key: value / steps for key, value in self.window.items()}
+        self.window = {}
+        self.latest |= means
+        self._show()
+        self._write("train", {**means, "lr_factor": self.learner.lr_factor})
+
+    def _show(self) -> None:
+        names = ("loss", "test accuracy")
+        self.bar.set_postfix({key: f"{self.latest[key]:.3f}" for key in names if key in self.latest})
+
+    def _write(self, split: str, values: dict[str, float]) -> None:
+        if self.writes:
+            step = self.learner.step
+            line = {"step": step, "epoch": round(step / self.steps_per_epoch, 4), "split": split, **values}
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+@torch.no_grad()
+def evaluate(learner: Learner, batches: Iterable[tuple[Tensor, ...]]) -> dict[str, float]:
+    """Means of the objective's parts over all items of ``batches``."""
+    objective = learner.objective
+    weights = {f"model.{name}": value for name, value in learner.final_weights().items()}
+    device = next(objective.parameters()).device
+    training = objective.training
+    objective.eval()
+    sums: dict[str, float] = {}
+    count = 0
+    try:
+        for batch in batches:
+            images, labels = (part.to(device) for part in batch[:2])
+            parts = torch.func.functional_call(objective, weights, (images, labels))
+            for key, value in parts.items():
+                sums[key] = sums.get(key, 0.0) + value.item() * len(labels)
+            count += len(labels)
+    finally:
+        objective.train(training)
+    return {key: value / count for key, value in sums.items()} if count else {"loss": math.nan}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Whole lines of a JSON-lines file; a line that a killed process left half written is passed over."""
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines

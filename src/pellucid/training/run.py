@@ -1,0 +1,369 @@
+"""A training run from options to a folder: ``train`` and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as tensors_to_bytes
+from torch import nn
+
+from pellucid.data import ImageData, StepSampler, View, eval_loader, load_data, train_loader
+from pellucid.errors import CheckpointError, ConfigError, DataError, NumericsError, suggest
+from pellucid.models import create_model, load
+from pellucid.models.saved import CONFIG, WEIGHTS, copy_weights, describe_model
+from pellucid.training.checkpoint import (
+    load_checkpoint,
+    locked,
+    new_folder,
+    remove_folder,
+    saving,
+    sweep,
+    write_file,
+    write_flushed,
+)
+from pellucid.training.config import TrainConfig, read_config, refuse_changes
+from pellucid.training.learner import Learner
+from pellucid.training.loops import fit_lightning, fit_plain
+from pellucid.training.recipe import MuonAdamW
+from pellucid.training.recorder import Recorder, StopFlag, read_lines
+from pellucid.training.supervised import Supervised
+
+OBJECTIVES: dict[str, Callable[[nn.Module, TrainConfig], nn.Module]] = {
+    "supervised": lambda model, config: Supervised(model, config.label_smoothing),
+}
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        out: its folder.
+        config: as resolved.
+        model: trained, in eval mode.
+        accuracy: share of test images classified rightly at the end.
+        seconds: of training, over all sittings.
+    """
+
+    out: Path
+    config: TrainConfig
+    model: Any
+    accuracy: float | None
+    seconds: float
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """Lines of ``metrics.jsonl``: step, epoch, split and the objective's parts."""
+        return read_lines(self.out / "metrics.jsonl")
+
+
+def train(
+    data: str | os.PathLike[str] | ImageData,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    say: Say = lambda line: None,
+    **options: Any,
+) -> Run:
+    """Train a model and leave a run folder behind.
+
+    Args:
+        data: see :func:`pellucid.load_data`.
+        resume: go on from the newest checkpoint in ``out``; to the same bits on the same CPU.
+        overwrite: replace a run that stands at ``out``.
+        progress: draw a bar.
+        say: gets one line of news at a time.
+        options: fields of :class:`~pellucid.training.config.TrainConfig`.
+
+    Raises:
+        ConfigError, DataError: before anything is written.
+        CheckpointError: ``out`` exists, is in use, or cannot be written.
+        NumericsError: a loss or gradient was not finite; the step was not applied, all before it is saved.
+        Stopped: by a signal; the state is saved.
+    """
+    name = data.name if isinstance(data, ImageData) else os.fspath(data)
+    config = TrainConfig.from_mapping({**options, "data": name})
+    if config.objective not in OBJECTIVES:
+        raise ConfigError(f"unknown objective '{config.objective}'{suggest(config.objective, OBJECTIVES)}")
+    images = load_data(data, download=config.download, root=config.data_root, max_bad=config.max_bad)
+    config = _resolved(config, images)
+    out = Path(config.out)
+    if rank() > 0:  # the first process owns the folder
+        with StopFlag() as stop:
+            return _train(_set_up(config, images), out, stop, resume, progress=False, say=lambda line: None)
+    _claim(out, config, resume=resume, overwrite=overwrite)
+    with locked(out), StopFlag() as stop:
+        return _train(_set_up(config, images), out, stop, resume, progress, say)
+
+
+def open_run(path: str | os.PathLike[str]) -> Run:
+    """A finished run from its folder.
+
+    Raises:
+        CheckpointError: no run there, or one that has not ended.
+    """
+    out = Path(path)
+    if not (out / "config.yaml").is_file():
+        raise CheckpointError(f"{out} is not a run (no config.yaml) - give the folder that train made")
+    config = TrainConfig.from_mapping(read_config(out / "config.yaml"))
+    result = json.loads((out / "result.json").read_text()) if (out / "result.json").is_file() else {}
+    return Run(out, config, load(out), result.get("accuracy"), result.get("seconds", 0.0))
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """A run's parts, made from its options and data alone."""
+
+    config: TrainConfig
+    images: ImageData
+    model: nn.Module
+    learner: Learner
+    view: View
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return len(self.images.train) / self.config.batch_size
+
+    def batches(self, rank: int, world: int) -> Any:
+        """Micro-batches from the learner's step to the end."""
+        config, learner = self.config, self.learner
+        sampler = StepSampler(
+            n=len(self.images.train),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            steps=learner.total_steps,
+            start=learner.step,
+            accumulate=config.accumulate,
+            rank=rank,
+            world=world,
+        )
+        return train_loader(self.images.train, self.view, sampler, workers=config.workers)
+
+    def evaluation(self) -> Any:
+        view = replace(self.view, augment="none")
+        return eval_loader(self.images.test, view, workers=self.config.workers)
+
+
+def _set_up(config: TrainConfig, images: ImageData) -> _Setting:
+    torch.manual_seed(config.seed)
+    model = create_model(
+        config.model, **config.model_args, num_classes=len(images.class_names), in_chans=images.in_chans
+    )
+    if config.init_from is not None:
+        copy_weights(model, config.init_from, new_head=config.new_head)
+    learner = Learner(
+        OBJECTIVES[config.objective](model, config),
+        MuonAdamW(model, config.lr, config.matrix_lr, config.weight_decay),
+        math.ceil(config.epochs * len(images.train) / config.batch_size),
+        warmup=config.warmup,
+        clip=config.clip,
+        average=config.average,
+        seed=config.seed,
+    )
+    view = View(
+        img_size=image_size(model),
+        in_chans=images.in_chans,
+        mean=images.mean,
+        std=images.std,
+        augment=config.augment,  # type: ignore[arg-type]  # resolved: no longer "auto"
+        flip=bool(config.flip),
+        seed=config.seed,
+    )
+    return _Setting(config, images, model, learner, view)
+
+
+def _train(setting: _Setting, out: Path, stop: StopFlag, resume: bool, progress: bool, say: Say) -> Run:
+    config, images, learner = setting.config, setting.images, setting.learner
+    saved = load_checkpoint(out / "checkpoints") if resume else None
+    if saved is not None:
+        _refuse_changed_data(saved.meta["data"], images, config, out)
+        learner.load_tensors(saved.tensors, saved.step)
+        for line in saved.damaged:
+            say(f"passed over {line}")
+        say(f"resuming from step {saved.step} of {learner.total_steps}")
+    recorder = Recorder(
+        out,
+        learner,
+        setting.evaluation,
+        steps_per_epoch=setting.steps_per_epoch,
+        eval_every=_interval(config.eval_every, setting.steps_per_epoch, learner.total_steps, at_most=40),
+        save_every=config.save_every
+        or _interval(0, setting.steps_per_epoch, learner.total_steps, at_most=20),
+        data=images.fingerprint,
+        stop=stop,
+        writes=rank() == 0,
+        progress=progress,
+    )
+    if saved is not None:
+        recorder.restore(saved.meta)
+    try:
+        _fit(setting, recorder)
+    except NumericsError as error:
+        recorder.save()
+        raise NumericsError(_about_bad_batch(error, setting, out)) from error
+    finally:
+        recorder.bar.close()
+    model = setting.model
+    model.load_state_dict(dict(learner.final_weights()))
+    model.cpu().eval()
+    run = Run(out, config, model, recorder.latest.get("test accuracy"), recorder.seconds)
+    if rank() == 0:
+        _hand_over(run, setting)
+    return run
+
+
+def _fit(setting: _Setting, recorder: Recorder) -> None:
+    config, learner = setting.config, setting.learner
+    if learner.step == learner.total_steps:
+        return
+    if config.engine == "plain":
+        fit_plain(
+            learner,
+            setting.batches(0, 1),
+            recorder,
+            accumulate=config.accumulate,
+            precision=config.precision,
+            device="cuda" if config.accelerator != "cpu" and torch.cuda.is_available() else "cpu",
+        )
+    else:
+        fit_lightning(
+            learner,
+            setting.batches,
+            recorder,
+            accumulate=config.accumulate,
+            precision=config.precision,
+            accelerator=config.accelerator,
+            devices=config.devices,
+            nodes=config.nodes,
+        )
+
+
+def _resolved(config: TrainConfig, images: ImageData) -> TrainConfig:
+    """The options with every choice that was left to the data made."""
+    model, model_args = config.model, dict(config.model_args)
+    if not model:
+        model, sizes = _choose_model(images)
+        model_args = {**sizes, **model_args}
+    for key, found in (("num_classes", len(images.class_names)), ("in_chans", images.in_chans)):
+        if model_args.pop(key, found) != found:
+            given = config.model_args[key]
+            raise ConfigError(f"model_args has {key} {given}, the data has {found} - leave it out")
+    augment = config.augment if config.augment != "auto" else "small" if images.small else "photo"
+    flip = config.flip if config.flip is not None else not images.small
+    out = config.out or f"runs/{Path(config.data).stem}-{model}"
+    return replace(config, model=model, model_args=model_args, augment=augment, flip=flip, out=out)
+
+
+def _choose_model(images: ImageData) -> tuple[str, dict[str, Any]]:
+    """A model for pictures of this size, with the size it takes."""
+    if images.img_size is None:
+        return "crate_tiny_patch16_224", {}
+    name, patch = ("crate_digits", 2) if max(images.img_size) <= 12 else ("crate_micro_patch4_32", 4)
+    height, width = (math.ceil(side / patch) * patch for side in images.img_size)
+    return name, {"img_size": height if height == width else (height, width)}
+
+
+def image_size(model: Any) -> tuple[int, int]:
+    """Height and width a model was built for."""
+    embed = getattr(model, "embed", None) or getattr(model, "patch_embed", None)
+    size = getattr(embed, "img_size", None) or model.pretrained_cfg["input_size"][1:]
+    return int(size[0]), int(size[1])
+
+
+def _interval(epochs: float, steps_per_epoch: float, total: int, at_most: int) -> int:
+    """Steps between two events that come every so many epochs; of 0, at most so often in the run."""
+    if epochs:
+        return max(1, round(epochs * steps_per_epoch))
+    return max(1, round(steps_per_epoch), math.ceil(total / at_most))
+
+
+def _claim(out: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
+    """Make the folder ready, or refuse to touch it."""
+    is_run = (out / "config.yaml").is_file()
+    if resume and is_run:
+        refuse_changes(TrainConfig.from_mapping(read_config(out / "config.yaml")), config)
+        sweep(out / "checkpoints")
+        return
+    if resume:
+        raise CheckpointError(f"nothing to resume: {out} holds no run - leave out --resume, or check --out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not is_run:
+            raise CheckpointError(f"{out} exists and is not a run - take another --out; it is left as it is")
+        if not overwrite:
+            raise CheckpointError(
+                f"{out} holds a run already - give --resume to go on with it, --overwrite to replace it, or "
+                f"another --out"
+            )
+        with locked(out):
+            remove_folder(out)
+    with saving(out.parent, 0):
+        (out / "checkpoints").mkdir(parents=True)
+    write_file(out / "config.yaml", config.to_yaml())
+
+
+def _refuse_changed_data(fingerprint: str, images: ImageData, config: TrainConfig, out: Path) -> None:
+    if fingerprint != images.fingerprint:
+        raise DataError(
+            f"{config.data} has changed since the run began - restore its files, or start a new run with "
+            f"--init-from {out}"
+        )
+
+
+def _about_bad_batch(error: NumericsError, setting: _Setting, out: Path) -> str:
+    """Write down which images the refused step was made of, and say so."""
+    step, images = setting.learner.step, setting.images.train
+    sampler = StepSampler(len(images), setting.config.batch_size, setting.config.seed, step + 1, step)
+    keys = [key for batch in sampler for key in batch]
+    items = [{"index": index, "epoch": epoch, "name": images.name(index)} for index, epoch in keys]
+    path = out / "bad" / f"step-{step + 1:08d}.json"
+    path.parent.mkdir(exist_ok=True)
+    write_file(path, json.dumps({"step": step + 1, "reason": str(error), "items": items}, indent=1))
+    return (
+        f"{error}: the step was not applied, the state after step {step} is saved\n"
+        f"its {len(items)} images ({items[0]['name']}, ...) are listed in {path}\n"
+        f"look at them, or start again with a lower --lr and --matrix-lr"
+    )
+
+
+def _hand_over(run: Run, setting: _Setting) -> None:
+    """``model/`` and ``result.json``: what others read."""
+    weights = {name: value.detach().contiguous() for name, value in run.model.state_dict().items()}
+    config = describe_model(
+        run.model,
+        weights,
+        class_names=setting.images.class_names,
+        mean=setting.view.mean,
+        std=setting.view.std,
+        img_size=setting.view.img_size,
+        in_chans=setting.view.in_chans,
+    )
+    run.model.pretrained_cfg = {**run.model.pretrained_cfg, **config["pretrained_cfg"]}
+    data = tensors_to_bytes(weights, metadata={"format": "pt"})
+    with saving(run.out, len(data)), new_folder(run.out / "model") as scratch:
+        write_flushed(scratch / WEIGHTS, data)
+        write_flushed(scratch / CONFIG, json.dumps(config, indent=1).encode())
+    images = setting.images
+    result = {
+        "accuracy": run.accuracy,
+        "seconds": round(run.seconds, 3),
+        "steps": setting.learner.total_steps,
+        "train_images": len(images.train),
+        "test_images": len(images.test),
+        "rejects": [reject._asdict() for reject in images.rejects],
+    }
+    write_file(run.out / "result.json", json.dumps(result, indent=1))
+
+
+def rank() -> int:
+    """This process's number among those that a launcher started together."""
+    return int(next((os.environ[k] for k in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if k in os.environ), 0))

@@ -1,0 +1,229 @@
+"""A made-up but realistic bundle: nothing here was measured."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from PIL import Image
+
+OBJECTIVES = {"compress": "R^c(Z | U)", "sparsify": "LASSO"}
+
+
+def picture(side: int, rng: random.Random) -> str:
+    """A grey picture with a bright stroke, as a data URI."""
+    y, x = np.mgrid[0:side, 0:side]
+    middle, tilt = rng.uniform(0.3, 0.7) * side, rng.uniform(-0.5, 0.5)
+    stroke = np.exp(-(((x - middle - tilt * (y - side / 2)) / (side / 8)) ** 2))
+    file = io.BytesIO()
+    Image.fromarray((255 * stroke).astype(np.uint8)).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def curves(rng: random.Random, best: float, classes: int) -> dict:
+    """Eighty epochs that learn to ``best`` and then overfit a little; tested every fifth epoch."""
+    train = [float(e) for e in range(1, 81)]
+    test = train[4::5]
+    start = math.log(max(classes, 2))
+
+    def rise(epoch: float) -> float:
+        return 1 - (1 - 1 / classes) * math.exp(-epoch / 9)
+
+    return {
+        "train": {
+            "epoch": train,
+            "loss": [start * math.exp(-e / 10) + 0.02 for e in train],
+            "accuracy": [min(1.0, rise(e) + 0.005) for e in train],
+        },
+        "test": {
+            "epoch": test,
+            "loss": [start * math.exp(-e / 9) + 0.07 + e / 4000 for e in test],
+            "accuracy": [best * rise(e) + rng.uniform(-0.01, 0.01) for e in test],
+        },
+    }
+
+
+def scores(rng: random.Random, names: list[str], accuracy: float, per_class: int) -> dict:
+    """Counts with a few confusions, and what follows from them."""
+    n = len(names)
+    matrix = [[0] * n for _ in names]
+    for i in range(n):
+        wrong = min(per_class, max(0, round(rng.gauss((1 - accuracy) * per_class, 1.0)))) if n > 1 else 0
+        matrix[i][i] = per_class - wrong
+        for _ in range(wrong):
+            matrix[i][(i + rng.randint(1, min(n - 1, 5))) % n] += 1
+    classes = []
+    for i, name in enumerate(names):
+        called = sum(row[i] for row in matrix)
+        precision, recall = matrix[i][i] / max(called, 1), matrix[i][i] / per_class
+        f1 = 2 * precision * recall / (precision + recall or 1)
+        measured = {"precision": precision, "recall": recall, "f1": f1}
+        classes.append({"name": name, "count": per_class, **measured})
+    total = n * per_class
+    right = sum(matrix[i][i] for i in range(n)) / total
+    half = 1.96 * math.sqrt(right * (1 - right) / total) + 1 / total
+    return {
+        "accuracy": right,
+        "interval": [right - half, min(1.0, right + half)],
+        "confidence": 0.95,
+        "count": total,
+        "classes": classes,
+        "confusion": matrix,
+    }
+
+
+def audit_row(rng: random.Random, layer: int, step: str, progress: float, rising: bool) -> dict:
+    """One step at ``progress`` (0 to 1) through the layers; black-box steps have no objective."""
+    white, first = step in OBJECTIVES, step in ("compress", "attention")
+    before = (90.0 if first else 0.52) * 0.93 ** (layer - 1)
+    after = before * (rng.uniform(1.02, 1.09) if rising else rng.uniform(0.82, 0.95))
+    fell = rng.uniform(0.02, 0.2) if rising else rng.choice([1.0, 1.0, 0.996, 0.95])
+    bound = None if first else 0.08 if rising else 0.4
+    return {
+        "layer": layer,
+        "step": step,
+        "objective": OBJECTIVES.get(step),
+        "before": before if white else None,
+        "after": after if white else None,
+        "descended": fell if white else None,
+        "coding_rate": 80.0 * 0.94**layer + (0 if first else 3),
+        "nonzero": 0.6 * 0.93**layer if step == "sparsify" else 1.0,
+        "rank": 34 - 22 * progress,
+        "coherence": 0.1 + 0.02 * layer if white else None,
+        "outliers": max(0.0, 0.002 * (layer - 2)) * (1 if white else 6),
+        "step_size": 0.1 if white else None,
+        "max_step_size": bound if white else None,
+    }
+
+
+def audit(rng: random.Random, depth: int, steps: tuple[str, str], rising: set[tuple[int, str]]) -> dict:
+    """An audit whose steps fall except for the ``rising`` ones."""
+    where = [(layer, step) for layer in range(1, depth + 1) for step in steps]
+    rows = [audit_row(rng, *w, w[0] / depth, w in rising) for w in where]
+    edges = [0.5 * i for i in range(25)]
+    spectra, norms = [], []
+    for layer, step in where:
+        decay, mean = 0.05 + 0.06 * layer / depth, 4 + 2 * layer / depth
+        spectrum = [40 * math.exp(-i * decay) for i in range(64)]
+        counts = [round(900 * math.exp(-((e - mean) ** 2) / 2)) for e in edges[:-1]]
+        spectra.append({"layer": layer, "step": step, "singular_values": spectrum})
+        norms.append({"layer": layer, "step": step, "edges": edges, "counts": counts})
+    details = [
+        f"layer {r['layer']} {r['step']} rises: {r['before']:.1f} -> {r['after']:.1f}, "
+        f"falls on {r['descended']:.0%} of images"
+        for r in rows
+        if (r["layer"], r["step"]) in rising
+    ]
+    text = "Not every layer descends." if rising else "Every layer descends on at least 95 % of the images."
+    white = steps[0] in OBJECTIVES
+    verdict = {
+        "descends": not rising if white else None,
+        "text": text if white else "This model states no objective.",
+        "details": details,
+    }
+    return {
+        "model": "crate_digits",
+        "data": "digits, test",
+        "samples": 256,
+        "objectives": OBJECTIVES if white else {},
+        "verdict": verdict,
+        "rows": rows,
+        "spectra": spectra,
+        "norms": norms,
+    }
+
+
+def attention(
+    rng: random.Random, depth: int, heads: int, images: int, grid: int, side: int, names: list[str]
+) -> dict:
+    """Maps that each peak somewhere; the third image is taken for another class."""
+
+    def head() -> list[float]:
+        cx, cy, width = rng.uniform(0, grid - 1), rng.uniform(0, grid - 1), rng.uniform(0.15, 0.4) * grid
+        raw = [
+            math.exp(-((x - cx) ** 2 + (y - cy) ** 2) / width**2) for y in range(grid) for x in range(grid)
+        ]
+        return [v / sum(raw) for v in raw]
+
+    shown = []
+    for i in range(images):
+        true = rng.randrange(len(names))
+        shown.append(
+            {
+                "png": picture(side, rng),
+                "name": f"digits[{i}]",
+                "label": names[true],
+                "predicted": names[(true + (i == 2)) % len(names)],
+                "grid": [grid, grid],
+                "layers": [
+                    {"layer": n, "heads": [head() for _ in range(heads)]} for n in range(1, depth + 1)
+                ],
+            }
+        )
+    return {"images": shown}
+
+
+def make(
+    depth: int = 4,
+    heads: int = 4,
+    names: list[str] | None = None,
+    models: int = 2,
+    rising: tuple[tuple[int, str], ...] = ((1, "compress"),),
+    images: int = 6,
+    grid: int = 4,
+    side: int = 8,
+    per_class: int = 45,
+) -> dict:
+    """A bundle of one CRATE and, beside it, ViTs."""
+    rng = random.Random(0)
+    names = [str(i) for i in range(10)] if names is None else names
+
+    def model(index: int) -> dict:
+        white = index == 0
+        steps = ("compress", "sparsify") if white else ("attention", "mlp")
+        best = 0.98 if white else 0.965
+        heads_name = "subspaces (heads)" if white else "heads"
+        return {
+            "name": "crate_digits" if white else f"vit_{index}",
+            "label": "CRATE" if white else "ViT" if index == 1 else f"ViT {index}",
+            "parameters": 53_000 if white else 201_418,
+            "seconds": 25.1 if white else 61.0,
+            "facts": [["depth", str(depth)], ["width", "64"], [heads_name, str(heads)], ["patch", "2 × 2"]],
+            "curves": curves(rng, best, len(names)),
+            "scores": scores(rng, names, best, per_class),
+            "audit": audit(rng, depth, steps, set(rising) if white else set()),
+            "attention": attention(rng, depth, heads, images, grid, side, names),
+        }
+
+    data = {
+        "name": "digits",
+        "train": 1347,
+        "test": 450,
+        "classes": names,
+        "in_chans": 1,
+        "img_size": [8, 8],
+        "mean": [0.305],
+        "std": [0.376],
+        "rejects": [{"path": "photos/broken.jpg", "reason": "the file ends after 1,024 bytes"}],
+    }
+    config = {"epochs": 80, "lr": 0.005, "augment": ["rotate", "shift"], "strict": True, "resume": None}
+    return {
+        "title": "demo",
+        "created": "2026-11-24",
+        "version": "0.1.0",
+        "command": "pellucid demo",
+        "models": [model(index) for index in range(models)],
+        "data": data,
+        "config": config,
+    }
+
+
+@pytest.fixture(scope="session")
+def make_bundle() -> Callable[..., dict]:
+    """Builds a fresh bundle; see ``make`` for what can be chosen."""
+    return make

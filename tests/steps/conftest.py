@@ -1,0 +1,81 @@
+"""Every final step, found by itself: a new one is under the contract as soon as it exists."""
+
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+import torch
+from torch import nn
+
+import pellucid.steps
+from pellucid.steps import ISTA, MSSA, ExactCompression, SoftISTA, Step, UntiedMSSA
+
+DIM = 6
+
+# How to make one of each for tokens of width DIM. A step missing here fails test_contract.
+MAKE = {
+    ISTA: lambda **kw: ISTA(DIM, **kw),
+    SoftISTA: lambda **kw: SoftISTA(DIM, **kw),
+    MSSA: lambda **kw: MSSA(DIM, 2, **kw),
+    UntiedMSSA: lambda **kw: UntiedMSSA(DIM, 2, **kw),
+    ExactCompression: lambda **kw: ExactCompression(DIM, 2, **kw),
+}
+
+
+def final_steps() -> list[type[Step]]:
+    for module in pkgutil.walk_packages(pellucid.steps.__path__, "pellucid.steps."):
+        importlib.import_module(module.name)
+    found, todo = set(), [Step]
+    while todo:
+        cls = todo.pop()
+        todo += cls.__subclasses__()
+        if cls.__module__.startswith("pellucid.") and not inspect.isabstract(cls):
+            found.add(cls)
+    return sorted(found, key=lambda cls: cls.__name__)
+
+
+def pytest_generate_tests(metafunc):
+    if "step_class" in metafunc.fixturenames:
+        metafunc.parametrize("step_class", final_steps(), ids=lambda cls: cls.__name__)
+
+
+@pytest.fixture
+def make():
+    """``make(step_class, seed=0, dtype=float64, **options)``: a step with parameters in general position."""
+
+    def build(step_class: type[Step], seed: int = 0, dtype: torch.dtype = torch.float64, **options) -> Step:
+        step = MAKE[step_class](**options)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in step.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / DIM**0.5)
+        return step.to(dtype)
+
+    return build
+
+
+@pytest.fixture
+def tokens():
+    """``tokens(b, n, seed=0, dtype=float64)`` of width DIM."""
+
+    def build(b: int = 3, n: int = 5, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        return torch.randn(b, n, DIM, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+    return build
+
+
+@pytest.fixture
+def norm():
+    """A LayerNorm whose parameters matter."""
+    layer = nn.LayerNorm(DIM, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.copy_(torch.linspace(0.5, 1.5, DIM))
+        layer.bias.copy_(torch.linspace(-0.2, 0.3, DIM))
+    return layer
+
+
+@pytest.fixture
+def made():
+    """The classes that the contract knows how to make, to hold against those that exist."""
+    return set(MAKE)

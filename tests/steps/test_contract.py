@@ -1,0 +1,215 @@
+"""One contract over every final step, whoever wrote it: what unroll, the audit and the models rely on."""
+
+import copy
+
+import pytest
+import torch
+
+from pellucid.steps import MSSA, ExactCompression, Step, UntiedMSSA, unroll
+
+# Descent of these is only measured, as their docstrings say; all others must prove it below.
+ONLY_MEASURED = {MSSA, UntiedMSSA}
+
+
+def test_every_final_step_is_under_contract(step_class, made):
+    assert step_class in made, f"tell tests/steps/conftest.py how to make a {step_class.__name__}"
+
+
+def test_the_search_finds_steps(made):
+    assert len(made) >= 5
+    assert all(issubclass(cls, Step) for cls in made)
+
+
+def test_says_what_it_lowers_and_how_far_it_goes(step_class, make):
+    step = make(step_class)
+    assert isinstance(step.objective_name, str)
+    assert step.objective_name
+    assert step.step_size > 0
+
+
+def test_shapes(step_class, make, tokens):
+    step = make(step_class)
+    for b, n in ((3, 5), (1, 1), (2, 9)):
+        z = tokens(b, n)
+        z_next = step(z)
+        assert z_next.shape == z.shape
+        assert z_next.dtype == z.dtype
+        value = step.objective(z_next, z)
+        assert value.shape == (b,)
+        assert value.isfinite().all()
+        assert not torch.equal(z_next, z)
+
+
+def test_leaves_its_input_alone(step_class, make, tokens):
+    step = make(step_class).eval()
+    for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        z, x = tokens(), tokens(seed=1)
+        before = z.clone(), x.clone()
+        with context():
+            step(z)
+            step(z, x)
+        assert torch.equal(z, before[0])
+        assert torch.equal(x, before[1])
+
+
+def test_one_sample_does_not_depend_on_its_batch(step_class, make, tokens):
+    step, z = make(step_class), tokens()
+    together, values = step(z), step.objective(z, z)
+    for i in range(len(z)):
+        alone = z[i : i + 1]
+        torch.testing.assert_close(step(alone), together[i : i + 1], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(step.objective(alone, alone), values[i : i + 1], rtol=1e-12, atol=1e-12)
+    other = torch.cat([z[:1], 100 * z[1:]])
+    torch.testing.assert_close(step(other)[0], together[0], rtol=1e-12, atol=1e-12)
+
+
+def test_moves_tokens_whatever_their_order(step_class, make, tokens):
+    step, z, order = make(step_class), tokens(), torch.tensor([3, 0, 4, 1, 2])
+    torch.testing.assert_close(step(z[:, order]), step(z)[:, order], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        step.objective(z[:, order], z[:, order]), step.objective(z, z), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_every_parameter_and_the_tokens_get_a_gradient(step_class, make, tokens, norm):
+    step = make(step_class, enter=norm)
+    z = tokens().requires_grad_()
+    unroll([step], z).square().sum().backward()
+    for name, tensor in [("tokens", z), *step.named_parameters()]:
+        assert tensor.grad is not None, name
+        assert tensor.grad.isfinite().all(), name
+        assert tensor.grad.any(), name
+
+
+def test_the_objective_is_differentiable(step_class, make, tokens):
+    step = make(step_class)
+    z = tokens().requires_grad_()
+    step.objective(z, tokens(seed=1)).sum().backward()
+    assert z.grad.isfinite().all()
+    assert z.grad.any()
+
+
+def test_a_deep_copy_is_the_same_step_and_another_object(step_class, make, tokens):
+    step, z = make(step_class).eval(), tokens()
+    with torch.no_grad():
+        before = step(z)
+        twin = copy.deepcopy(step)
+        assert torch.equal(twin(z), before)
+        for parameter in twin.parameters():
+            parameter.mul_(2)
+        assert not torch.allclose(twin(z), before)
+        assert torch.equal(step(z), before)
+
+
+def test_state_dict_round_trip(step_class, make, tokens):
+    source, target, z = make(step_class, seed=0).eval(), make(step_class, seed=1).eval(), tokens()
+    with torch.no_grad():
+        assert not torch.allclose(source(z), target(z))  # whatever is kept of the old weights is kept now
+        target.load_state_dict(source.state_dict())
+        assert torch.equal(source(z), target(z))
+    assert source.state_dict().keys() == {name for name, _ in source.named_parameters()}
+
+
+def test_records_replay_exactly(step_class, make, tokens, norm):
+    records = []
+    layers = [make(step_class, seed=i, enter=norm if i else None) for i in range(3)]
+    for x in (None, tokens(seed=1)):
+        records.clear()
+        out = unroll(layers, tokens(), x, on_step=records.append)
+        assert [record.layer for record in records] == [1, 2, 3]
+        for record in records:
+            assert record.x is x
+            assert torch.equal(record.step(record.z, record.x), record.z_next)
+        assert records[-1].z_next is out
+        assert torch.equal(records[1].z, norm(records[0].z_next))  # z is what the step saw behind its door
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_without_a_graph_break(step_class, make, tokens, training):
+    step = make(step_class).train(training)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    z = tokens().requires_grad_(training)
+    with torch.set_grad_enabled(training):
+        torch.testing.assert_close(compiled(z), step(z), rtol=1e-10, atol=1e-12)
+
+
+def test_bfloat16_is_close_to_float64(step_class, make, tokens):
+    step = make(step_class)
+    narrow = copy.deepcopy(step).bfloat16()
+    wide = copy.deepcopy(narrow).double()  # the same rounded weights
+    z = tokens(dtype=torch.bfloat16).requires_grad_()
+    z_wide = z.detach().double().requires_grad_()
+    out, expected = narrow(z), wide(z_wide)
+    assert out.dtype == torch.bfloat16
+    assert (out.double() - expected).norm() < 0.02 * expected.norm()
+    out.double().square().sum().backward()
+    expected.square().sum().backward()
+    assert (z.grad.double() - z_wide.grad).norm() < 0.05 * z_wide.grad.norm()
+
+
+def test_autocast_is_close_to_float32(step_class, make, tokens):
+    step, z = make(step_class, dtype=torch.float32), tokens(dtype=torch.float32)
+    for mode in (step.train(), step.eval()):
+        with torch.no_grad():
+            expected = mode(z)
+            with torch.autocast("cpu", torch.bfloat16):
+                low = mode(z).float()
+        assert 0 < (low - expected).norm() < 0.02 * expected.norm()
+
+
+# --- descent ----------------------------------------------------------------------------------------------
+
+
+def test_only_the_named_steps_have_no_guarantee(step_class, make):
+    guaranteed = make(step_class).max_step_size(num_tokens=5) is not None
+    assert guaranteed == (step_class not in ONLY_MEASURED)
+
+
+def problems_of(step_class, make, tokens):
+    """Twenty random problems ``(step, z, x)``: a feasible start, with and without a signal."""
+    for seed in range(20):
+        step, z = make(step_class, seed=seed), 3 * tokens(2, 4 + seed % 5, seed=seed)
+        if issubclass(step_class, ExactCompression):
+            step.eps = (0.1, 0.5, 2.0)[seed % 3]
+            yield step, z, None
+        else:
+            start = torch.zeros_like(z) if seed % 2 else z.abs()
+            yield step, start, z if seed % 4 < 2 else start.flip(1)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.95, 0.999])
+def test_never_rises_below_the_step_size_it_promises(step_class, make, tokens, share):
+    """And falls by what the descent lemma owes: (1/eta - L/2) ||dz||^2 with L = 2 / max_step_size."""
+    if step_class in ONLY_MEASURED:
+        assert make(step_class).max_step_size(num_tokens=5) is None
+        return
+    moved = 0.0  # total way
+    for step, z, x in problems_of(step_class, make, tokens):
+        limit = step.max_step_size(num_tokens=z.shape[1])
+        step.step_size = share * limit
+        start, value = z, step.objective(z, z, x)
+        for _ in range(40):
+            z_next = step(z, x)
+            next_value = step.objective(z_next, start, x)
+            owed = (1 / step.step_size - 1 / limit) * (z_next - z).square().sum((-2, -1))
+            slack = 1e-6 * owed + 1e-12 * (1 + value.abs())  # the limit is computed in float32
+            assert (next_value <= value - owed + slack).all()
+            moved += (z_next - z).norm().item()
+            z, value = z_next, next_value
+    assert moved > 1  # and it did move
+
+
+def test_far_above_that_step_size_it_can_rise(step_class, make, tokens):
+    """The bound is about something: ten times above it some problem does rise."""
+    if step_class in ONLY_MEASURED:
+        assert make(step_class).max_step_size(num_tokens=5) is None
+        return
+    rises = 0
+    for step, z, x in problems_of(step_class, make, tokens):
+        step.step_size = 10 * step.max_step_size(num_tokens=z.shape[1])
+        start, value = z, step.objective(z, z, x)
+        for _ in range(5):
+            z = step(z, x)
+        rises += int((step.objective(z, start, x) > value).any())
+    assert rises
