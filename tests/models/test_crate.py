@@ -46,7 +46,7 @@ def test_parts_are_what_the_options_say():
 
 
 def test_layers_do_as_their_equations_say():
-    model = digits(depth=1).eval().double()
+    model = digits(depth=1, num_heads=4, step_size=0.1, sparsity=0.1).eval().double()
     x = torch.rand(2, 1, 8, 8).double()
     layer = model.layers[0]
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_both_stems_see_the_same_patch_order():
 
 def test_fresh_bases_and_dictionaries_are_orthogonal_and_published_ones_are_not():
     for init, orthogonal in (("orthogonal", True), ("published", False)):
-        model = digits(init=init)
+        model = digits(init=init, pos_std=0.02)
         for layer in model.layers:
             for matrix in (layer["compress"].subspaces.weight, layer["sparsify"].dictionary):
                 assert torch.allclose(matrix @ matrix.T, torch.eye(64), atol=1e-5) == orthogonal

@@ -109,11 +109,31 @@ def test_planted_subspaces_attract_their_tokens():
     for head in range(2):
         inside = weights[head][own == head][:, own == head].sum(-1).mean()
         assert inside > 0.8
-    assert step.objective(step(z), z) < 0.9 * step.objective(z, z)
     exact = ExactCompression(8, 2, head_dim=2).double()
     exact.load_state_dict(step.state_dict())
     exact.step_size = 0.5 * exact.max_step_size(num_tokens=20)
     assert exact.objective(exact(z), z) < exact.objective(z, z)
+
+
+def test_tokens_around_two_directions_are_drawn_to_them():
+    """One subspace, tokens scattered about two of its directions: the step makes them cheaper to code."""
+    centres = torch.eye(8, dtype=torch.float64)[:2].repeat_interleave(10, 0)
+    z = (3 * centres + 0.5 * normal(20, 8, seed=3))[None]
+    step = MSSA(8, 1).double()
+    with torch.no_grad():
+        step.subspaces.weight.copy_(torch.eye(8))
+    assert step.objective(step(z), z) < 0.9 * step.objective(z, z)
+    scaled = step.objective(10 * z, z)
+    torch.testing.assert_close(scaled, step.objective(z, z))  # length is not what it measures
+
+
+def test_attention_lowers_the_rate_of_tokens_that_lie_in_bundles():
+    """What it was derived for; elsewhere the audit measures."""
+    for seed in range(20):
+        bundles = 3 * normal(1, 2, 8, seed=seed).repeat_interleave(10, 1)
+        z = bundles + 0.5 * normal(1, 20, 8, seed=seed + 100)
+        step = MSSA(8, 2).double()
+        assert step.objective(step(z), z) < 0.95 * step.objective(z, z)
 
 
 def test_max_step_size_is_a_lipschitz_bound_and_none_behind_a_norm():

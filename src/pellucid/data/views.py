@@ -35,8 +35,8 @@ _DRAWS_PER_ITEM = 5
 class Magnitudes:
     """How far augmentation goes. Each range is drawn from uniformly."""
 
-    rotation: float = 15.0  # small: degrees, either way
-    shift: float = 0.125  # small: share of the height and width, either way
+    rotation: float = 10.0  # small: degrees, either way
+    shift: float = 0.1  # small: share of the height and width, either way
     scale: tuple[float, float] = (0.9, 1.1)  # small: 1.1 shows the picture ten per cent larger
     crop_scale: tuple[float, float] = (0.35, 1.0)  # photo: share of the area
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # photo: width over height, uniform in its logarithm

@@ -65,7 +65,8 @@ class CRATE(nn.Module):
         compress_step_size: length of the compression step; 1 as published.
         step_size, sparsity: of ISTA; 0.1 and 0.1 as published.
         eps: distortion at which the audit measures R^c; 0.1 as in the authors' plots (eps^2 = 0.01).
-        stem, class_token, reg_tokens, dynamic_img_size: see :class:`~pellucid.models.embed.TokenEmbedding`.
+        stem, class_token, reg_tokens, dynamic_img_size, pos_std: see
+            :class:`~pellucid.models.embed.TokenEmbedding`.
         init: ``"orthogonal"``, or ``"published"`` for the distributions of the authors' program.
         drop_rate: dropout in front of the classifier.
 
@@ -92,6 +93,7 @@ class CRATE(nn.Module):
         class_token: bool = True,
         reg_tokens: int = 0,
         dynamic_img_size: bool = False,
+        pos_std: float = 0.5,
         init: Literal["orthogonal", "published"] = "orthogonal",
         drop_rate: float = 0.0,
     ) -> None:
@@ -110,6 +112,7 @@ class CRATE(nn.Module):
             class_token=class_token,
             reg_tokens=reg_tokens,
             dynamic_img_size=dynamic_img_size,
+            pos_std=pos_std,
         )
         self.layers = nn.ModuleList(
             build_layer(embed_dim, num_heads, compression, compress_step_size, step_size, sparsity, eps)
@@ -320,6 +323,11 @@ def _crate(variant: str, pretrained: bool, kwargs: dict[str, Any], **sizes: Any)
     )
 
 
+_SMALL = {"compression": "tied", "stem": "conv", "step_size": 0.3}
+"""For small pictures: a patch of few pixels loses its brightness in the published stem's LayerNorm, and with
+few layers a longer ISTA step learns more."""
+
+
 @register_model
 def crate_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CRATE-T as published: 6.09 M parameters."""
@@ -350,13 +358,21 @@ def crate_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Modul
 
 @register_model
 def crate_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """For 32 x 32 pictures such as CIFAR: 6 layers of width 192, tied."""
-    sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 6}
+    """For 32 x 32 pictures such as CIFAR: 6 layers of width 192."""
+    sizes = {**_SMALL, "img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 12}
     return _crate("crate_micro_patch4_32", pretrained, kwargs, **sizes)
 
 
 @register_model
 def crate_digits(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """For 8 x 8 gray digits: 4 layers of width 64, tied."""
-    sizes = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 4, "num_heads": 4}
+    """For 8 x 8 gray digits: 4 layers of width 64."""
+    sizes = {
+        **_SMALL,
+        "img_size": 8,
+        "patch_size": 2,
+        "in_chans": 1,
+        "embed_dim": 64,
+        "depth": 4,
+        "num_heads": 8,
+    }
     return _crate("crate_digits", pretrained, kwargs, **sizes)

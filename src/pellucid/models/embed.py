@@ -54,6 +54,8 @@ class TokenEmbedding(nn.Module):
         class_token: prepend one token that stands for the image.
         reg_tokens: number of registers, tokens without a position that give global computation a place.
         dynamic_img_size: accept any size that patches tile, with interpolated positions.
+        pos_std: standard deviation of the fresh positions, of the size of patch features so that they are
+            heard from the start; class token and registers begin at 0.02.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class TokenEmbedding(nn.Module):
         class_token: bool = True,
         reg_tokens: int = 0,
         dynamic_img_size: bool = False,
+        pos_std: float = 0.5,
     ) -> None:
         super().__init__()
         self.img_size, self.patch_size = to_2tuple(img_size), to_2tuple(patch_size)
@@ -81,13 +84,14 @@ class TokenEmbedding(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, positions, dim))
         self.class_token = nn.Parameter(torch.empty(1, 1, dim)) if class_token else None
         self.reg_tokens = nn.Parameter(torch.empty(1, reg_tokens, dim)) if reg_tokens else None
-        self.init_weights()
+        self.init_weights(pos_std)
 
     @torch.no_grad()
-    def init_weights(self, std: float = 0.02) -> None:
-        for parameter in (self.pos_embed, self.class_token, self.reg_tokens):
+    def init_weights(self, pos_std: float = 0.5) -> None:
+        nn.init.trunc_normal_(self.pos_embed, std=pos_std, a=-4 * pos_std, b=4 * pos_std)
+        for parameter in (self.class_token, self.reg_tokens):
             if parameter is not None:
-                nn.init.trunc_normal_(parameter, std=std)
+                nn.init.trunc_normal_(parameter, std=0.02)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         positions = self._positions(images.shape[-2], images.shape[-1])

@@ -65,11 +65,11 @@ class ISTA(Step):
                 f"{self.dictionary.shape[0]} needs a start and a signal: step(code, signal)"
             )
         fold = self._choose_fold(z)
-        return self.shrink(self._gradient_step(z, z)) if fold is None else self._shrink_product(z, fold)
+        return self.shrink(self._gradient_step(z, z) if fold is None else z @ fold.to(z.dtype))
 
     def shrink(self, v: Float[Tensor, "b n m"]) -> Float[Tensor, "b n m"]:
         r"""The proximal operator of :math:`\eta\lambda\|\cdot\|_1` on non-negative codes."""
-        return F.relu(v - self.step_size * self.sparsity)
+        return F.relu_(v - self.step_size * self.sparsity)
 
     def objective(
         self, z: Float[Tensor, "b n m"], start: Float[Tensor, "b n m"], x: Tensor | None = None
@@ -84,13 +84,6 @@ class ISTA(Step):
     def _gradient_step(self, z: Tensor, x: Tensor) -> Tensor:
         residual = x - z @ self.dictionary.mT
         return torch.add(z, residual @ self.dictionary, alpha=self.step_size)
-
-    def _shrink_product(self, z: Tensor, fold: Tensor) -> Tensor:
-        """``shrink(z A)``. With no backward pass to serve, the threshold joins the product."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.shrink(z @ fold.to(z.dtype))
-        threshold = z.new_full((fold.shape[1],), -self.step_size * self.sparsity)
-        return F.relu_(F.linear(z, fold.to(z.dtype).mT, threshold))
 
     def _choose_fold(self, z: Tensor) -> Tensor | None:
         """The matrix A, or None where two products cost less than making it.
@@ -140,9 +133,6 @@ class SoftISTA(ISTA):
 
     def shrink(self, v: Float[Tensor, "b n m"]) -> Float[Tensor, "b n m"]:
         return F.softshrink(v, self.step_size * self.sparsity)
-
-    def _shrink_product(self, z: Tensor, fold: Tensor) -> Tensor:
-        return self.shrink(z @ fold.to(z.dtype))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,8 @@ Augment = Literal["auto", "none", "small", "photo"]
 Precision = Literal["32", "bf16"]
 Engine = Literal["lightning", "plain"]
 
-FREE = {"out", "workers", "save_every", "download", "data_root", "engine", "accelerator", "devices", "nodes"}
+FREE = {"out", "workers", "threads", "save_every", "download", "data_root", "engine"}
+FREE |= {"accelerator", "devices", "nodes"}
 """What a resumed run may change: where and how it runs, not what it computes."""
 
 
@@ -52,6 +54,7 @@ class TrainConfig:
         max_bad: share of unreadable images above which a run is refused.
         download: fetch a named data set.
         data_root: where named data sets are kept.
+        threads: of the CPU; 0 takes one for steps so small that threads would only wait for each other.
         engine: ``lightning``, or ``plain`` for the loop in ``training/loops.py``.
         accelerator, devices, nodes: as lightning takes them.
     """
@@ -69,7 +72,7 @@ class TrainConfig:
     weight_decay: float = 0.05
     warmup: float = 0.05
     label_smoothing: float = 0.1
-    clip: float = 1.0
+    clip: float = 0.0
     average: float = 0.0
     augment: Augment = "auto"
     flip: bool | None = None
@@ -83,6 +86,7 @@ class TrainConfig:
     max_bad: float = 0.01
     download: bool = False
     data_root: str | None = None
+    threads: int = 0
     engine: Engine = "lightning"
     accelerator: str = "auto"
     devices: int | str = 1
@@ -95,7 +99,7 @@ class TrainConfig:
         for key in ("epochs", "batch_size", "accumulate", "lr", "matrix_lr"):
             if not getattr(self, key) > 0:
                 raise ConfigError(f"{key} is {getattr(self, key)}; it must be larger than 0")
-        for key in ("weight_decay", "clip", "workers", "eval_every", "save_every", "seed"):
+        for key in ("weight_decay", "clip", "workers", "threads", "eval_every", "save_every", "seed"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"{key} is {getattr(self, key)}; it must not be negative")
         for key in ("warmup", "label_smoothing", "average", "max_bad"):
@@ -173,3 +177,13 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
                 continue
     names = " or ".join(getattr(t, "__name__", str(t)) for t in plain)
     raise ConfigError(f"{key} is {value!r}; expected {names}")
+
+
+def _help() -> dict[str, str]:
+    """What each option means, from the ``Attributes`` of :class:`TrainConfig`."""
+    lines = re.findall(r"^ {8}(\S.*?): (.+(?:\n {12}.+)*)", TrainConfig.__doc__ or "", re.MULTILINE)
+    texts = {names: " ".join(text.split()) for names, text in lines}
+    return {name: text for names, text in texts.items() for name in names.split(", ")}
+
+
+OPTION_HELP = _help()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -57,7 +58,8 @@ class Recorder:
         data: fingerprint of the data, kept in every checkpoint.
         stop: asked after every step.
         writes: False on all ranks but one.
-        progress: draw a bar.
+        progress: draw a bar; where there is no terminal, say a line at every evaluation.
+        say: gets those lines.
     """
 
     def __init__(
@@ -73,11 +75,13 @@ class Recorder:
         stop: StopFlag,
         writes: bool = True,
         progress: bool = True,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.out, self.learner, self.evaluation = out, learner, evaluation
         self.steps_per_epoch, self.eval_every, self.save_every = steps_per_epoch, eval_every, save_every
         self.log_every = max(1, min(50, round(steps_per_epoch)))
         self.data, self.stop, self.writes = data, stop, writes
+        self.say = say if progress and not sys.stderr.isatty() else lambda line: None
         self.latest: dict[str, float] = {}
         self.window: dict[str, float] = {}
         self.started = self.saved_at = time.monotonic()
@@ -87,7 +91,7 @@ class Recorder:
             initial=learner.step,
             unit="step",
             dynamic_ncols=True,
-            disable=not (progress and writes),
+            disable=not (progress and writes and sys.stderr.isatty()),
             mininterval=0.2,
         )
 
@@ -119,6 +123,8 @@ class Recorder:
         self.latest |= {f"test {key}": value for key, value in parts.items()}
         self._show()
         self._write("test", parts)
+        shown = ", ".join(f"{key} {value:.3f}" for key, value in self.latest.items())
+        self.say(f"step {self.learner.step} of {self.learner.total_steps}: {shown}")
 
     def save(self) -> None:
         """A checkpoint of this very step."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -203,11 +204,13 @@ def _train(setting: _Setting, out: Path, stop: StopFlag, resume: bool, progress:
         stop=stop,
         writes=rank() == 0,
         progress=progress,
+        say=say,
     )
     if saved is not None:
         recorder.restore(saved.meta)
     try:
-        _fit(setting, recorder)
+        with _threads(setting):
+            _fit(setting, recorder)
     except NumericsError as error:
         recorder.save()
         raise NumericsError(_about_bad_batch(error, setting, out)) from error
@@ -246,6 +249,31 @@ def _fit(setting: _Setting, recorder: Recorder) -> None:
             devices=config.devices,
             nodes=config.nodes,
         )
+
+
+SMALL_STEP = 4e9
+"""Floating point operations of a step below which one CPU thread serves best: more would wait on each other."""
+
+
+@contextmanager
+def _threads(setting: _Setting) -> Iterator[None]:
+    """The run's number of CPU threads. The numbers of a run depend on it in their last bits."""
+    before = torch.get_num_threads()
+    height, width = setting.view.img_size
+    tokens = height * width / _patch_area(setting.model)
+    parameters = sum(p.numel() for p in setting.model.parameters())
+    small = 6 * parameters * tokens * setting.config.batch_size < SMALL_STEP
+    torch.set_num_threads(setting.config.threads or (1 if small else before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _patch_area(model: Any) -> int:
+    embed = getattr(model, "embed", None) or getattr(model, "patch_embed", None)
+    height, width = getattr(embed, "patch_size", (1, 1))
+    return height * width
 
 
 def _resolved(config: TrainConfig, images: ImageData) -> TrainConfig:

@@ -1,0 +1,5 @@
+import sys
+
+from pellucid.cli import main
+
+sys.exit(main())

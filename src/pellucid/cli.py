@@ -1,0 +1,546 @@
+"""The command line: one thin function for each command. Slow imports stay inside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+from cyclopts import App, CycloptsError, Parameter
+
+from pellucid import __version__
+from pellucid.errors import CheckpointError, ConfigError, DataError, PellucidError
+from pellucid.training.config import OPTION_HELP, TrainConfig, read_config
+
+if TYPE_CHECKING:
+    from pellucid.data import ImageData
+    from pellucid.training import Run
+
+app = App(
+    name="pellucid",
+    version=f"pellucid {__version__}",
+    help="White-box transformers: train on images, audit every layer, read the report.",
+    help_format="plaintext",
+    default_parameter=Parameter(negative=()),
+)
+
+_DERIVED = {"data", "model_args"}
+"""Options of TrainConfig that the command line spells in another way."""
+
+
+def _train_options() -> type:
+    """TrainConfig's options, each optional: what is left out comes from ``--config`` or its default."""
+    hints: Any = get_type_hints(TrainConfig)
+    fields: list[Any] = []
+    for field in dataclasses.fields(TrainConfig):
+        if field.name in _DERIVED:
+            continue
+        default = "" if field.default in ("", None, False) else f" [default: {field.default}]"
+        help_text = OPTION_HELP[field.name].replace("``", "").rstrip(".") + default
+        negative = "--no-flip" if field.name == "flip" else ()
+        shown: Any = Annotated[hints[field.name] | None, Parameter(help=help_text, negative=negative)]
+        fields.append((field.name, shown, dataclasses.field(default=None)))
+    made = dataclasses.make_dataclass("TrainOptions", fields, kw_only=True)
+    made.__module__ = __name__
+    return made
+
+
+TrainOptions = _train_options()
+
+
+@dataclasses.dataclass(kw_only=True)
+class Sizes:
+    """Sizes of the model, for those who would change them.
+
+    Attributes:
+        img_size: side of the images that the model sees, in pixels.
+        patch_size: side of a patch, in pixels.
+        embed_dim: width of a token.
+        depth: number of layers.
+        num_heads: subspaces of a layer.
+    """
+
+    img_size: int | None = None
+    patch_size: int | None = None
+    embed_dim: int | None = None
+    depth: int | None = None
+    num_heads: int | None = None
+
+
+_Flat = Parameter(name="*")
+
+
+@app.command
+def demo(
+    *,
+    out: str = "runs/demo",
+    seed: int = 0,
+    epochs: float = 80,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> None:
+    """Train CRATE and a ViT on handwritten digits, audit them, and write a report. About a minute.
+
+    Parameters
+    ----------
+    out
+        The run's folder.
+    seed
+        Of everything random.
+    epochs
+        Passes over the training images.
+    overwrite
+        Replace an earlier demo.
+    resume
+        Go on with a demo that was stopped.
+    """
+    options = {"data": "digits", "model": "crate_digits", "out": out, "seed": seed, "epochs": epochs}
+    run = _train_and_report(options, "vit_digits", f"pellucid demo --seed {seed}", resume, overwrite)
+    say("")
+    say("What to try next:")
+    say(f"  open {run.out / 'report.html'} in a browser")
+    say(f"  pellucid audit {run.out} digits")
+    say("  pellucid train FOLDER       with one sub-folder of images for each class")
+    say("  pellucid bench              speed beside the published arithmetic and a ViT")
+
+
+@app.command
+def train(
+    data: str | None = None,
+    *,
+    options: Annotated[TrainOptions, _Flat] | None = None,  # type: ignore[valid-type]
+    sizes: Annotated[Sizes, _Flat] | None = None,
+    model_arg: Annotated[list[str] | None, Parameter(consume_multiple=False)] = None,
+    config: Path | None = None,
+    beside: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    report: Annotated[bool, Parameter(negative="--no-report")] = True,
+) -> None:
+    """Train a model on a folder of images and write a report on it.
+
+    Parameters
+    ----------
+    data
+        A folder with one sub-folder for each class, a folder with train/ and val/ inside, a .npz with x and
+        y, or a known name: digits, cifar10, ...
+    model_arg
+        Another option of the architecture, as NAME=VALUE; may be given several times.
+    config
+        Options from a YAML file, such as the config.yaml of a run; the command line goes before it.
+    beside
+        A second model to train by the same recipe, to stand beside the first in the report.
+    resume
+        Go on with the run in --out.
+    overwrite
+        Replace the run in --out.
+    report
+        Write report.html at the end.
+    """
+    chosen = read_config(config) if config else {}
+    chosen |= {k: v for k, v in vars(options or TrainOptions()).items() if v is not None}
+    if data is not None:
+        chosen["data"] = data
+    given = {k: v for k, v in vars(sizes or Sizes()).items() if v is not None} | _model_args(model_arg or [])
+    if given:
+        chosen["model_args"] = {**(chosen.get("model_args") or {}), **given}
+    command = " ".join(["pellucid", *sys.argv[1:]])
+    if report:
+        _train_and_report(chosen, beside, command, resume, overwrite)
+    elif beside:
+        raise ConfigError("--beside stands in the report - leave out --no-report")
+    else:
+        _train(chosen, resume, overwrite)
+
+
+@app.command
+def evaluate(
+    run: Path, data: str | None = None, *, json_out: Annotated[Path | None, Parameter(("-o", "--out"))] = None
+) -> None:
+    """Accuracy of a trained model, with its confidence interval, class by class.
+
+    Parameters
+    ----------
+    run
+        A run's folder or a model/ folder.
+    data
+        What to evaluate on; the run's own test images when left out.
+    json_out
+        Write the scores as JSON.
+    """
+    from pellucid.data import eval_loader
+    from pellucid.glass.bundle import eval_view
+    from pellucid.measure import evaluate as score
+    from pellucid.models import load
+
+    model: Any = load(run)
+    names = list(model.pretrained_cfg["label_names"])
+    images = _evaluation_data(run, data)
+    labelled = _labels_for(images, names)
+    view = eval_view(model, images)
+    with _bar(len(images.test), "image") as step:
+        scores = score(model, labelled(eval_loader(images.test, view)), names, progress=step)
+    say(scores.table())
+    low, high = scores.interval
+    say(
+        f"accuracy {scores.accuracy:.2%} "
+        f"({scores.confidence:.0%} interval {low:.2%} to {high:.2%}, {scores.count} images)"
+    )
+    if json_out is not None:
+        _write(json_out, json.dumps(scores.to_dict(), indent=1) + "\n")
+
+
+@app.command
+def predict(run: Path, *images: Path, top: int = 3) -> None:
+    """What a trained model sees in images.
+
+    Parameters
+    ----------
+    run
+        A run's folder or a model/ folder.
+    images
+        Image files.
+    top
+        Classes to name for each.
+    """
+    from pellucid.data import ImageRejected, read_image, show_name
+    from pellucid.glass.bundle import eval_view
+    from pellucid.measure import predict as guess
+    from pellucid.models import load
+
+    if not images:
+        raise ConfigError("no images given - name at least one file")
+    model: Any = load(run)
+    names, view = model.pretrained_cfg["label_names"], eval_view(model)
+    unread = 0
+    for path in images:
+        try:
+            batch = view.batch([read_image(path)], [0])
+        except ImageRejected as error:
+            unread += 1
+            print(f"error: {show_name(str(path))}: {error.reason}", file=sys.stderr)
+            continue
+        chances = guess(model, batch)[0]
+        best = chances.argsort(descending=True)[:top].tolist()
+        say(f"{show_name(str(path))}: " + ", ".join(f"{names[i]} {chances[i]:.1%}" for i in best))
+    if unread:
+        raise DataError(f"{unread} of {len(images)} images could not be read - the reasons stand above")
+
+
+@app.command
+def audit(
+    model: str,
+    data: str | None = None,
+    *,
+    out: Annotated[Path | None, Parameter(("-o", "--out"))] = None,
+    limit: int = 256,
+    pretrained: bool = False,
+) -> None:
+    """Hold every layer to its objective: did its step lower it, and on how many images?
+
+    Parameters
+    ----------
+    model
+        A run's folder, a model/ folder, or the name of a model (timm's too).
+    data
+        Images to look at; the run's own test images when left out.
+    out
+        Write the audit as JSON.
+    limit
+        Look at no more than so many images.
+    pretrained
+        With a timm name: its published weights.
+    """
+    from pellucid.data import eval_loader
+    from pellucid.glass.bundle import eval_view
+    from pellucid.measure import audit as hold
+
+    images = _evaluation_data(Path(model), data)
+    network = _network(model, images, pretrained)
+    batches = eval_loader(images.test, eval_view(network, images), batch_size=32, limit=limit)
+    with _bar(min(limit, len(images.test)), "image") as step:
+        result = hold(network, batches, data=images.name, progress=step)
+    say(result.table())
+    say("")
+    say(result.verdict["text"])
+    for line in result.verdict["details"]:
+        say(f"  {line}")
+    if out is not None:
+        _write(out, json.dumps(result.to_dict(), indent=1) + "\n")
+
+
+@app.command
+def report(
+    run: Path,
+    *,
+    out: Annotated[Path | None, Parameter(("-o", "--out"))] = None,
+    beside: Annotated[list[Path] | None, Parameter(consume_multiple=False)] = None,
+) -> None:
+    """One HTML file that explains a run.
+
+    Parameters
+    ----------
+    run
+        The run's folder.
+    out
+        Where to write; report.html in the run's folder when left out.
+    beside
+        Other runs on the same data to stand beside it; those in the run's folder when left out.
+    """
+    from pellucid.training import open_run
+
+    subject = open_run(run)
+    others = [open_run(path) for path in (beside if beside is not None else sorted(run.glob("beside-*")))]
+    images = _data_of(subject)
+    say(
+        f"report: {_report([subject, *others], images, out or run / 'report.html', f'pellucid report {run}')}"
+    )
+
+
+@app.command
+def check(data: str, *, max_bad: float = 0.01, download: bool = False, data_root: str | None = None) -> None:
+    """Look at every image of a data set and list what is wrong with it.
+
+    Parameters
+    ----------
+    data
+        A folder, a .npz or a known name.
+    max_bad
+        Share of unreadable images above which training refuses the data.
+    download
+        Fetch a named data set.
+    data_root
+        Where named data sets are kept.
+    """
+    from pellucid.data import check as look
+
+    result = look(data, max_bad=max_bad, download=download, root=data_root)
+    say("\n".join(result.lines()))
+    if not result.ok:
+        raise DataError(f"{result.name} has problems - they are listed above")
+
+
+@app.command
+def models(pattern: str = "") -> None:
+    """Names that --model takes, with their sizes. Any timm name works as well.
+
+    Parameters
+    ----------
+    pattern
+        Show only names that contain this.
+    """
+    import torch
+
+    from pellucid.models import create_model, list_models
+
+    shown = [name for name in list_models() if pattern in name]
+    if not shown:
+        raise ConfigError(f"no model of ours has '{pattern}' in its name - known: {', '.join(list_models())}")
+    for name in shown:
+        with torch.device("meta"):
+            model: Any = create_model(name)
+        count = sum(p.numel() for p in model.parameters())
+        channels, height, width = model.pretrained_cfg["input_size"]
+        say(f"{name:<26} {count / 1e6:8.3f} M parameters   {height} x {width} x {channels}")
+
+
+@app.command
+def bench(
+    *,
+    models: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    batch_sizes: Annotated[list[int] | None, Parameter(consume_multiple=True)] = None,
+    dtypes: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    rounds: int = 5,
+    out: Annotated[Path | None, Parameter(("-o", "--out"))] = None,
+) -> None:
+    """Speed as ratios, side by side in one run: ours, the published arithmetic, and a ViT of the same size.
+
+    Parameters
+    ----------
+    models
+        CRATE models; base and tiny at 224 when left out.
+    batch_sizes
+        Images of a batch; 8 and 16 when left out.
+    dtypes
+        float32, bfloat16 or both.
+    rounds
+        Repetitions; medians over them are shown.
+    out
+        Write the rows as JSON.
+    """
+    from pellucid.measure.bench import bench as measure
+
+    given = {"models": models, "batch_sizes": batch_sizes, "dtypes": dtypes}
+    chosen = {key: tuple(value) for key, value in given.items() if value}
+    result = measure(**chosen, rounds=rounds, progress=lambda line: print(line, file=sys.stderr))  # type: ignore[arg-type]
+    say(result.table())
+    if out is not None:
+        _write(out, json.dumps(result.to_dict(), indent=1) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; errors become one message and an exit code."""
+    tokens = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in tokens
+    try:
+        app([token for token in tokens if token != "--debug"], exit_on_error=False, print_error=False)
+    except (PellucidError, CycloptsError, OSError) as error:
+        if debug:
+            raise
+        print(f"error: {_message(error)}", file=sys.stderr)
+        return error.exit_code if isinstance(error, PellucidError) else 2
+    except KeyboardInterrupt:
+        print("error: interrupted - nothing was left half written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{error.strerror or error} - {error.filename or ''}".rstrip(" -")
+    return str(error).strip() or type(error).__name__
+
+
+def _train(options: dict[str, Any], resume: bool, overwrite: bool) -> Run:
+    from pellucid.training import train as fit
+
+    options = dict(options)
+    run = fit(options.pop("data", ""), **options, resume=resume, overwrite=overwrite, say=say)
+    accuracy = "" if run.accuracy is None else f", test accuracy {run.accuracy:.2%}"
+    say(f"{run.config.model}: trained in {run.seconds:.1f} s{accuracy}, in {run.out}")
+    return run
+
+
+def _train_and_report(
+    options: dict[str, Any], beside: str | None, command: str, resume: bool, overwrite: bool
+) -> Run:
+    """Train, and a second model by the same recipe if there is to be one; then look at both."""
+    run = _train(options, resume, overwrite)
+    runs = [run]
+    if beside is not None:
+        out = run.out / f"beside-{beside}"
+        recipe = {**vars(run.config), "model": beside, "model_args": _shared_sizes(run), "out": str(out)}
+        runs.append(_train(recipe, resume=out.exists(), overwrite=False))
+    images = _data_of(run)
+    path = _report(runs, images, run.out / "report.html", command)
+    say(f"report: {path}")
+    return run
+
+
+def _shared_sizes(run: Run) -> dict[str, Any]:
+    """Of the first model's options those that any transformer understands."""
+    return {
+        k: v
+        for k, v in run.config.model_args.items()
+        if k in ("img_size", "patch_size", "embed_dim", "depth")
+    }
+
+
+def _report(runs: list[Run], images: ImageData, path: Path, command: str) -> Path:
+    from pellucid.glass.bundle import collect
+    from pellucid.glass.report import render
+
+    bundle = collect(runs, images, command=command, progress=say)
+    audit = bundle["models"][0]["audit"]["verdict"]
+    _write(path, render(bundle))
+    say(f"audit of {bundle['models'][0]['name']}: {audit['text']}")
+    for line in audit["details"]:
+        say(f"  {line}")
+    return path
+
+
+def _data_of(run: Run) -> ImageData:
+    from pellucid.data import load_data
+
+    config = run.config
+    return load_data(config.data, root=config.data_root, max_bad=config.max_bad)
+
+
+def _evaluation_data(run: Path, data: str | None) -> ImageData:
+    """The run's own held-out images, or all of another data set's."""
+    from pellucid.data import BUILTIN_NAMES, load_data
+    from pellucid.training import read_config
+
+    config = run / "config.yaml"
+    own = TrainConfig.from_mapping(read_config(config)) if config.is_file() else None
+    if data is None:
+        if own is None:
+            raise ConfigError(f"{run} does not say what it was trained on - name the data to look at")
+        data = own.data
+    held_out = data in BUILTIN_NAMES or (own is not None and Path(own.data).resolve() == Path(data).resolve())
+    root = own.data_root if own is not None else None
+    return load_data(data, root=root, test_only=not held_out)
+
+
+def _labels_for(images: ImageData, names: list[str]) -> Any:
+    """A filter that turns the data's labels into the model's, by class name."""
+    import torch
+
+    strange = [name for name in images.class_names if name not in names]
+    if strange:
+        raise CheckpointError(
+            f"the data has classes that the model does not know: {', '.join(strange[:5])} - "
+            f"the model knows {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        )
+    table = torch.tensor([names.index(name) for name in images.class_names])
+
+    def relabelled(batches: Iterable[Any]) -> Iterable[Any]:
+        return ((batch[0], table[batch[1]]) for batch in batches)
+
+    return relabelled
+
+
+def _network(name: str, images: ImageData, pretrained: bool) -> Any:
+    """A saved model, or a fresh or published one by its name."""
+    from pellucid.models import create_model, load
+
+    if Path(name).exists():
+        return load(name)
+    sizes: dict[str, Any] = {} if pretrained else {"in_chans": images.in_chans}
+    return create_model(name, pretrained=pretrained, **sizes)
+
+
+def _model_args(pairs: list[str]) -> dict[str, Any]:
+    import yaml
+
+    arguments = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--model-arg is '{pair}'; expected NAME=VALUE, such as depth=6")
+        arguments[key] = yaml.safe_load(value)
+    return arguments
+
+
+def _write(path: Path, text: str) -> None:
+    from pellucid.training.checkpoint import write_file
+
+    if not path.parent.is_dir():
+        raise ConfigError(f"cannot write {path}: {path.parent} is not a folder - make it first")
+    write_file(path, text)
+
+
+class _bar:  # noqa: N801
+    """A progress bar on a terminal, nothing elsewhere."""
+
+    def __init__(self, total: int, unit: str) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=total, unit=unit, disable=not sys.stderr.isatty(), leave=False)
+
+    def __enter__(self) -> Any:
+        return self.bar.update
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""The benchmark: equal before it is timed, in turns, counting what is executed. No speed is asserted."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pellucid.errors import ConfigError, NumericsError
+from pellucid.measure import bench as bench_module
+from pellucid.measure.bench import bench, executed_flop, machine_facts, published_forward
+from pellucid.models import create_model, from_published
+from pellucid.steps import ISTA
+
+
+@pytest.fixture(scope="module")
+def result():
+    lines = []
+    return bench(quick=True, threads=1, progress=lines.append), lines
+
+
+def test_every_case_once(result):
+    rows, lines = result[0].rows, result[1]
+    cases = [(row["mode"], row["dtype"], row["batch_size"]) for row in rows]
+    assert sorted(cases) == sorted((m, d, 4) for m in bench_module.MODES for d in bench_module.DTYPES)
+    assert len(lines) == len(rows)
+    assert all("crate_digits" in line for line in lines)
+
+
+def test_numbers_agree_with_each_other(result):
+    for row in result[0].rows:
+        assert row["images_per_second"] == pytest.approx(row["batch_size"] / row["ours_ms"] * 1e3)
+        assert row["gflops"] == pytest.approx(row["gflop"] / row["ours_ms"] * 1e3)
+        for key in ("vs_published", "vs_vit"):
+            middle, low, high = row[key]
+            assert 0 < low <= middle <= high
+        assert 0 < row["share_of_product"] < 2
+        assert min(row["published_ms"], row["vit_ms"], row["product_gflops"]) > 0
+
+
+def test_table_and_file_say_the_same(result, tmp_path):
+    result[0].to_json(tmp_path / "bench.json")
+    read = json.loads((tmp_path / "bench.json").read_text())
+    assert read == {"machine": result[0].machine, "rows": result[0].rows}
+    text = result[0].table()
+    assert "ours, ms" in text
+    assert "GFLOP/s" in text
+    for row in read["rows"]:
+        assert f"{row['vs_vit'][0]:.2f} (" in text
+        assert f"{row['ours_ms']:.1f}" in text
+    assert torch.__version__ in text
+    assert len(text.splitlines()) == 2 + 2 + len(read["rows"])
+
+
+def test_published_form_is_the_published_program(recorded):
+    data = recorded("crate")
+    state = {key.removeprefix("state/"): v for key, v in data.items() if key.startswith("state/")}
+    model = from_published(state, num_heads=4)
+    logits = published_forward(model, data["input"])
+    torch.testing.assert_close(logits, data["logits"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("compression", ["tied", "untied"])
+def test_published_form_equals_ours_in_output_and_gradient(compression):
+    model = create_model("crate_digits", compression=compression, compress_step_size=0.7).double()
+    images = torch.randn(3, 1, 8, 8).double()
+    answers = []
+    for forward in (model, lambda x: published_forward(model, x)):
+        model.zero_grad()
+        logits = forward(images)
+        logits.square().sum().backward()
+        answers.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
+    for ours, published in zip(*answers, strict=True):
+        torch.testing.assert_close(ours, published, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("tokens_per_batch", ["more than the width", "fewer"])
+def test_counted_operations_are_the_executed_ones(tokens_per_batch, monkeypatch):
+    """Against torch's own counter, which sees every product but those inside CPU attention."""
+    model = create_model("crate_digits", depth=3, compression="untied")
+    batch = 9 if tokens_per_batch.startswith("more") else 2
+    assert (batch * 17 > 64) == tokens_per_batch.startswith("more")
+    images = torch.randn(batch, 1, 8, 8)
+    t, n, inner = batch * 17, 17, 64
+    attention = 3 * 4 * t * n * inner
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(images)
+        fold = sum(isinstance(m, ISTA) for m in model.modules()) * 2 * 64**3  # made once, then kept
+    with torch.no_grad(), FlopCounterMode(display=False) as again:
+        model(images)
+    assert counter.get_total_flops() - again.get_total_flops() == fold
+    fused = sum(v for k, v in again.get_flop_counts()["Global"].items() if "attention" in str(k))
+    assert fused in (0, attention)
+    assert again.get_total_flops() - fused + attention == executed_flop(model, batch, "inference")
+
+    with FlopCounterMode(display=False) as training:
+        model.train()(images).sum().backward()
+    counts = training.get_flop_counts()["Global"]
+    products = sum(v for k, v in counts.items() if "attention" not in str(k))
+    assert products == executed_flop(model, batch, "training") - 3.5 * attention
+
+    with FlopCounterMode(display=False) as low, torch.autocast("cpu", torch.bfloat16):
+        model(images).sum().backward()
+    assert low.get_total_flops() == executed_flop(model, batch, "training", "bfloat16")  # nothing is fused
+
+
+def test_contenders_take_turns(monkeypatch):
+    order, clock = [], iter(range(10**6))
+    monkeypatch.setattr(bench_module, "perf_counter", lambda: next(clock) * 0.5)
+    contenders = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    times = bench_module._interleaved(contenders, 3, 0.5, torch.device("cpu"))
+    assert "".join(order[6:]) == "abc" + "bca" + "cab"  # after two calls of each to warm up
+    assert times == {name: [0.5] * 3 for name in "abc"}
+
+
+def test_nothing_is_timed_that_is_not_equal(monkeypatch):
+    monkeypatch.setattr(bench_module, "published_forward", lambda model, x: model(x) * 1.01)
+    monkeypatch.setattr(bench_module, "_interleaved", lambda *_: pytest.fail("timed"))
+    with pytest.raises(NumericsError, match=r"differ by 9\.9e-03.*would not compare"):
+        bench(quick=True, modes=("inference",), dtypes=("float32",))
+
+
+def test_a_wrong_gradient_is_noticed_too(monkeypatch):
+    right = bench_module.published_forward
+    monkeypatch.setattr(
+        bench_module,
+        "published_forward",
+        lambda model, x: right(model, x) + 0.1 * (model.norm.weight - model.norm.weight.detach())[:10],
+    )
+    with pytest.raises(NumericsError, match="in training, float32"):
+        bench(quick=True, modes=("training",), dtypes=("float32",))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"models": ("vit_digits",)}, "vit_digits has no published arithmetic"),
+        ({"models": ("crate_digit",)}, "did you mean 'crate_digits'"),
+        ({"modes": ("inferense",)}, "unknown 'inferense' - did you mean 'inference'"),
+        ({"dtypes": ("float16",)}, "unknown 'float16' - did you mean 'bfloat16'|'float32'"),
+        ({"rounds": 0}, "rounds 0 and batch sizes"),
+        ({"batch_sizes": (0,)}, r"batch sizes \(0,\) must be 1 or larger"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        bench(**options)
+
+
+def test_threads_are_put_back():
+    before = torch.get_num_threads()
+    result = bench(quick=True, threads=before + 1, modes=("inference",), dtypes=("float32",))
+    assert result.machine["threads"] == before + 1
+    assert torch.get_num_threads() == before
+    assert machine_facts()["threads"] == before
