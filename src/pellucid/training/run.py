@@ -252,7 +252,7 @@ def _fit(setting: _Setting, recorder: Recorder) -> None:
 
 
 SMALL_STEP = 4e9
-"""Floating point operations of a step below which one CPU thread serves best: more would wait on each other."""
+"""Floating point operations of a step below which one CPU thread serves best: more wait on each other."""
 
 
 @contextmanager
