@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "audit": "pellucid.measure",
+    "batches": "pellucid.glass.feed",
     "create_model": "pellucid.models",
     "evaluate": "pellucid.measure",
     "from_published": "pellucid.models",
@@ -25,6 +26,7 @@ __all__ = ["__version__", *sorted(_HOMES)]
 
 if TYPE_CHECKING:
     from pellucid.data import load_data
+    from pellucid.glass.feed import batches
     from pellucid.measure import audit, evaluate
     from pellucid.models import create_model, from_published, list_models, load
     from pellucid.steps import unroll

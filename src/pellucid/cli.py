@@ -172,7 +172,7 @@ def evaluate(
         Write the scores as JSON.
     """
     from pellucid.data import eval_loader
-    from pellucid.glass.bundle import eval_view
+    from pellucid.glass.feed import eval_view
     from pellucid.measure import evaluate as score
     from pellucid.models import load
 
@@ -180,7 +180,7 @@ def evaluate(
     names = list(model.pretrained_cfg["label_names"])
     images = _evaluation_data(run, data)
     labelled = _labels_for(images, names)
-    view = eval_view(model, images)
+    view = eval_view(model)
     with _bar(len(images.test), "image") as step:
         scores = score(model, labelled(eval_loader(images.test, view)), names, progress=step)
     say(scores.table())
@@ -207,7 +207,7 @@ def predict(run: Path, *images: Path, top: int = 3) -> None:
         Classes to name for each.
     """
     from pellucid.data import ImageRejected, read_image, show_name
-    from pellucid.glass.bundle import eval_view
+    from pellucid.glass.feed import eval_view
     from pellucid.measure import predict as guess
     from pellucid.models import load
 
@@ -255,12 +255,12 @@ def audit(
         With a timm name: its published weights.
     """
     from pellucid.data import eval_loader
-    from pellucid.glass.bundle import eval_view
+    from pellucid.glass.feed import eval_view
     from pellucid.measure import audit as hold
 
     images = _evaluation_data(Path(model), data)
     network = _network(model, images, pretrained)
-    batches = eval_loader(images.test, eval_view(network, images), batch_size=32, limit=limit)
+    batches = eval_loader(images.test, eval_view(network), batch_size=32, limit=limit)
     with _bar(min(limit, len(images.test)), "image") as step:
         result = hold(network, batches, data=images.name, progress=step)
     say(result.table())

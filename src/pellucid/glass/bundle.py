@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pellucid import __version__
 from pellucid.data import ImageData, View, eval_loader
+from pellucid.glass.feed import eval_view
 from pellucid.measure import attention_maps, audit, evaluate, predict
 from pellucid.models.crate import CRATE
 from pellucid.training import Run
@@ -45,23 +46,14 @@ def collect(
         "version": __version__,
         "command": command,
         "models": [_model(run, images, progress) for run in runs],
-        "data": _data(images, eval_view(subject.model, images)),
+        "data": _data(images, eval_view(subject.model)),
         "config": {k: v for k, v in vars(subject.config).items() if v not in (None, "", {})},
     }
 
 
-def eval_view(model: Any, images: ImageData | None = None) -> View:
-    """How a saved model wants to see pictures, with its own mean and std."""
-    cfg = model.pretrained_cfg
-    channels, *size = cfg["input_size"]
-    return View(
-        img_size=(size[0], size[1]), in_chans=channels, mean=tuple(cfg["mean"]), std=tuple(cfg["std"])
-    )
-
-
 def _model(run: Run, images: ImageData, progress: Progress) -> dict[str, Any]:
     model = run.model
-    view = eval_view(model, images)
+    view = eval_view(model)
     name = run.config.model
     progress(f"scoring {name}")
     scores = evaluate(model, eval_loader(images.test, view), images.class_names)
