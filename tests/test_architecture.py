@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,18 @@ MAY_IMPORT = {
     "models": {"steps", "objectives"},
     "analytic": {"steps", "objectives"},
     "training": {"data", "models", "analytic", "steps", "objectives"},
-    "measure": {"data", "models", "analytic", "steps", "objectives"},
+    "measure": {"models", "analytic", "steps", "objectives"},
     "glass": {"measure", "training", "data", "models", "analytic", "steps", "objectives"},
     "cli": {"glass", "measure", "training", "data", "models", "analytic", "steps", "objectives"},
     "__main__": {"cli"},  # and nothing else imports the command line
 }
+
+# Where the files of a machine lie; a slash in front of one is a path, unless it continues an address.
+MACHINE_TOPS = ["work", "home", "Users", "root", "tmp"]
+MACHINE = re.compile(rf"(?<![\w./~)}}>*-])/(?:{'|'.join(MACHINE_TOPS)})(?![\w-])")
+
+# Optional or slow to import: never before they are needed.
+LATE = {"matplotlib", "transformers"}
 
 
 def modules() -> list[Path]:
@@ -36,11 +44,15 @@ def name_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(code: str, module: str, is_package: bool = False) -> set[str]:
-    """Every module that this code imports, wherever it stands: at the top, in a function, by name."""
+def imports(code: str, module: str, is_package: bool = False, *, on_load: bool = False) -> set[str]:
+    """Every module that this code imports, wherever it stands: at the top, in a function, by name.
+
+    ``on_load`` keeps to those that importing the code itself brings in.
+    """
     found = set()
     package = module.split(".") if is_package else module.split(".")[:-1]
-    for node in ast.walk(ast.parse(code)):
+    tree = ast.parse(code)
+    for node in _run_on_load(tree) if on_load else ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -56,13 +68,38 @@ def imports(code: str, module: str, is_package: bool = False) -> set[str]:
     return found
 
 
-def imports_of(path: Path) -> set[str]:
-    return imports(path.read_text(encoding="utf-8"), name_of(path), path.name == "__init__.py")
+def _run_on_load(node: ast.AST) -> Iterator[ast.AST]:
+    """As ``ast.walk``, without the bodies of functions and of ``if TYPE_CHECKING``."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        later = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        typing = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+        if not later and not typing:
+            yield from _run_on_load(child)
+
+
+def imports_of(path: Path, *, on_load: bool = False) -> set[str]:
+    code = path.read_text(encoding="utf-8")
+    return imports(code, name_of(path), path.name == "__init__.py", on_load=on_load)
+
+
+def homes() -> dict[str, str]:
+    """Public name -> the module that ``pellucid`` loads it from."""
+    for node in ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "_HOMES":
+            return ast.literal_eval(node.value)
+    raise AssertionError("pellucid/__init__.py has no _HOMES")
 
 
 def folders_of(names: set[str]) -> set[str]:
-    """Which of our folders a set of imported names reaches."""
-    return {parts[1] for parts in (n.split(".") for n in names) if parts[0] == "pellucid" and len(parts) > 1}
+    """Which of our folders a set of imported names reaches; a public name reaches its home's."""
+    public = {f"pellucid.{name}": home for name, home in homes().items()}
+    parts = [public.get(name, name).split(".") for name in names]
+    return {part[1] for part in parts if part[0] == "pellucid" and len(part) > 1}
+
+
+def roots_of(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
 
 
 every_module = pytest.mark.parametrize("path", modules(), ids=name_of)
@@ -77,17 +114,33 @@ from . import vit
 def later():
     from pellucid.cli import main
     import_module("pellucid.data")
+class Late:
+    import transformers
+    def method(self):
+        import matplotlib.pyplot
+try:
+    import timm
+except ImportError:
+    timm = None
 if TYPE_CHECKING:
     import lightning.pytorch
 """
     found = imports(code, "pellucid.models.crate")
     assert folders_of(found) == {"training", "measure", "glass", "models", "cli", "data"}
-    assert "lightning.pytorch" in found
-    assert "pellucid.models.vit" in found
+    assert {"lightning.pytorch", "pellucid.models.vit", "matplotlib.pyplot", "timm"} <= found
+    loaded = imports(code, "pellucid.models.crate", on_load=True)
+    assert folders_of(loaded) == {"training", "measure", "glass", "models"}
+    assert {"transformers", "timm"} <= loaded
+    assert not {"lightning.pytorch", "matplotlib.pyplot"} & loaded
+
+
+def test_a_public_name_counts_as_its_home():
+    assert folders_of(imports("from pellucid import train, __version__", "pellucid.models.x")) >= {"training"}
 
 
 def test_every_module_is_looked_at():
     names = {name_of(path) for path in modules()}
+    assert len(names) > 20
     assert {"pellucid", "pellucid.errors", "pellucid.steps.mssa", "pellucid.models"} <= names
     folders = {path.relative_to(SOURCE).parts[0].removesuffix(".py") for path in modules()} - {"__init__"}
     assert folders <= MAY_IMPORT.keys(), "a new folder: say in MAY_IMPORT what it may import"
@@ -102,10 +155,21 @@ def test_arrows(path):
 
 
 @every_module
+def test_nothing_imports_the_command_line(path):
+    if name_of(path) != "pellucid.__main__":
+        own = {"cli"} if path.relative_to(SOURCE).parts[0].removesuffix(".py") == "cli" else set()
+        assert "cli" not in folders_of(imports_of(path)) - own
+
+
+@every_module
 def test_only_training_knows_lightning(path):
     if path.relative_to(SOURCE).parts[0] != "training":
-        roots = {name.split(".")[0] for name in imports_of(path)}
-        assert not roots & {"lightning", "pytorch_lightning"}
+        assert not roots_of(imports_of(path)) & {"lightning", "pytorch_lightning"}
+
+
+@every_module
+def test_slow_libraries_are_imported_where_they_are_needed(path):
+    assert not roots_of(imports_of(path, on_load=True)) & LATE
 
 
 @every_module
@@ -116,7 +180,7 @@ def test_a_helper_lives_with_its_user(path):
 def test_the_core_needs_torch_alone():
     allowed = {"torch", "jaxtyping", "pellucid", *sys.stdlib_module_names}
     for path in [p for p in modules() if p.relative_to(SOURCE).parts[0] in ("objectives", "steps")]:
-        assert {name.split(".")[0] for name in imports_of(path)} <= allowed, name_of(path)
+        assert roots_of(imports_of(path)) <= allowed, name_of(path)
 
 
 def run_python(code: str) -> str:
@@ -139,35 +203,43 @@ def test_importing_the_library_is_nothing():
 
 
 def test_every_public_name_has_a_home_that_holds_it():
-    tree = ast.parse((SOURCE / "__init__.py").read_text())
-    homes = next(
-        ast.literal_eval(node.value)
-        for node in tree.body
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "_HOMES"
-    )
-    assert len(homes) >= 5
-    for name, home in homes.items():
-        init = SOURCE.joinpath(*home.split(".")[1:], "__init__.py")
-        assert init.exists(), f"pellucid.{name} lives in {home}, which does not exist"
-        assert re.search(rf"\b{name}\b", init.read_text()), f"{home} does not name {name}"
+    assert len(homes()) >= 5
+    for name, home in homes().items():
+        place = SOURCE.joinpath(*home.split(".")[1:])
+        file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+        assert file.exists(), f"pellucid.{name} lives in {home}, which does not exist"
+        assert re.search(rf"\b{name}\b", file.read_text(encoding="utf-8")), f"{home} does not name {name}"
 
 
-def test_sources_know_no_machine():
-    """No path of the machine they were written on, in anything that is kept."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+def test_kept_files_know_no_machine():
+    """No path of a machine that they were written on, in any text that is kept."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode:
         pytest.skip("not a git checkout")
-    kept = [ROOT / line for line in listed.stdout.splitlines()]
-    texts = [
-        p for p in kept if p.suffix in {".py", ".md", ".toml", ".yml", ".yaml", ".ts", ".tsx", ".css", ".js"}
-    ]
+    paths = [ROOT / name for name in listed.stdout.split("\0") if name]
+    texts = {path: text for path in paths if (text := text_of(path)) is not None}
     assert len(texts) > 20
-    machine = re.compile("|".join(["/" + "work/", "/" + "home/", "/" + "Users/", "/" + "root/"]))
-    wrong = {}
-    for path in texts:
-        if path.exists() and (hit := machine.search(path.read_text(encoding="utf-8"))):
-            wrong[str(path.relative_to(ROOT))] = hit[0]
+    assert SOURCE / "__init__.py" in texts
+    wrong = {
+        str(path.relative_to(ROOT)): hit[0] for path, text in texts.items() if (hit := MACHINE.search(text))
+    }
     assert not wrong
+
+
+@pytest.mark.parametrize("top", MACHINE_TOPS)
+def test_a_machine_path_is_recognised(top):
+    for text in (f"open('/{top}/x')", f"cd /{top}\n", f"path = /{top}"):
+        assert MACHINE.search(text)
+    for text in (f"https://example.org/{top}/x", f"./{top}/x", f"a/{top}", f"/{top}shop"):
+        assert not MACHINE.search(text)
+
+
+def text_of(path: Path) -> str | None:
+    """The file as text; None where it is gone, a link or binary."""
+    if not path.is_file() or path.is_symlink():
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return None

@@ -41,7 +41,14 @@ class Stopped(PellucidError):
 def suggest(given: str, known: Iterable[str]) -> str:
     """``" - did you mean 'x'?"`` for the nearest known name, or the list of names when none is near."""
     known = sorted(known)
-    near = difflib.get_close_matches(given, known, n=1, cutoff=0.6)
-    if near:
-        return f" - did you mean '{near[0]}'?"
+    best = max(known, key=lambda name: _likeness(given, name), default="")
+    if best and _likeness(given, best) >= 0.6:
+        return f" - did you mean '{best}'?"
     return f" - known: {', '.join(known)}" if known else ""
+
+
+def _likeness(given: str, name: str) -> float:
+    """0..1; a name that begins like what was given is like it, however it goes on."""
+    whole = difflib.SequenceMatcher(None, given, name).ratio()
+    beginning = difflib.SequenceMatcher(None, given, name[: len(given)]).ratio()
+    return max(whole, 0.95 * beginning)

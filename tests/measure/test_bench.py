@@ -118,8 +118,29 @@ def test_contenders_take_turns(monkeypatch):
 def test_nothing_is_timed_that_is_not_equal(monkeypatch):
     monkeypatch.setattr(bench_module, "published_forward", lambda model, x: model(x) * 1.01)
     monkeypatch.setattr(bench_module, "_interleaved", lambda *_: pytest.fail("timed"))
-    with pytest.raises(NumericsError, match=r"differ by 9\.9e-03.*would not compare"):
+    with pytest.raises(NumericsError, match=r"differ: error 9\.9e-03.*would not compare"):
         bench(quick=True, modes=("inference",), dtypes=("float32",))
+
+
+def test_a_form_that_loses_more_bits_than_the_published_one_is_noticed(monkeypatch):
+    """Equal in float32, but with the identity inside the product: bfloat16 rounds the tokens themselves."""
+
+    def fold_all(self, z, x=None):
+        return self.shrink(z @ (torch.eye(z.shape[-1]) + self._make_fold()))
+
+    monkeypatch.setattr(ISTA, "forward", fold_all)
+    with pytest.raises(NumericsError, match="in inference, bfloat16"):
+        bench(
+            models=("crate_tiny_patch16_224",), batch_sizes=(2,), modes=("inference",), dtypes=("bfloat16",)
+        )
+
+
+def test_the_callers_random_numbers_are_left_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    bench(quick=True, modes=("inference",), dtypes=("float32",))
+    assert torch.equal(torch.rand(1), expected)
 
 
 def test_a_wrong_gradient_is_noticed_too(monkeypatch):

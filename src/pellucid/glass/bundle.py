@@ -85,21 +85,32 @@ def label(model: nn.Module) -> str:
 
 def facts(model: Any) -> list[list[str]]:
     """The architecture in words and numbers."""
+    embed = getattr(model, "embed", None) or model.patch_embed
+    rows, columns = embed.grid_size
+    pooling = {"token": "class token", "avg": "mean of patches"}.get(model.global_pool, "none")
+    common = [
+        ["patches", f"{rows} x {columns} of {embed.patch_size[0]} x {embed.patch_size[1]} px"],
+        ["tokens", str(rows * columns + model.num_prefix_tokens)],
+        ["pooling", pooling],
+    ]
     if not isinstance(model, CRATE):
-        return [["depth", str(len(getattr(model, "blocks", [])))], ["width", str(model.num_features)]]
+        heads = getattr(getattr(model.blocks[0], "attn", None), "num_heads", "?")
+        return [
+            ["depth", str(len(model.blocks))],
+            ["width", str(model.num_features)],
+            ["heads", str(heads)],
+            *common,
+        ]
     first: Any = model.layers[0]
     compress, sparsify = first["compress"], first["sparsify"]
-    grid = model.embed.grid_size
     return [
         ["depth", str(len(model.layers))],
         ["width", str(model.embed_dim)],
-        ["subspaces (heads)", f"{compress.num_heads} of dimension {compress.head_dim}"],
+        ["heads", f"{compress.num_heads}, subspaces of dimension {compress.head_dim}"],
         ["compression", type(compress).__name__],
         ["atoms", str(sparsify.dictionary.shape[1])],
         ["ISTA step size, sparsity", f"{sparsify.step_size:g}, {sparsify.sparsity:g}"],
-        ["patches", f"{grid[0]} x {grid[1]} of {model.embed.patch_size[0]} x {model.embed.patch_size[1]} px"],
-        ["tokens", str(grid[0] * grid[1] + model.num_prefix_tokens)],
-        ["pooling", {"token": "class token", "avg": "mean of patches"}.get(model.global_pool, "none")],
+        *common,
     ]
 
 

@@ -116,7 +116,8 @@ def bench(
                 raise ConfigError(f"unknown '{word}'{suggest(word, known)}")
     if rounds < 1 or any(size < 1 for size in batch_sizes):
         raise ConfigError(f"rounds {rounds} and batch sizes {tuple(batch_sizes)} must be 1 or larger")
-    with _threads(threads):
+    with _threads(threads), torch.random.fork_rng():
+        torch.manual_seed(0)
         result = BenchResult(machine_facts(device))
         for name in models:
             ours = create_model(name)
@@ -141,8 +142,8 @@ def _measure(
     vit = _vit_like(ours).to(device)
     for model in (ours, vit):
         model.train(mode == "training")
+    _check_equal(ours, mode, dtype, images, labels)
     run = _runner(mode, dtype, images, labels)
-    _check_equal(ours, run, mode, dtype)
 
     side = 2048 if seconds > 0.1 else 256
     factors = [torch.randn(side, side, device=device, dtype=DTYPES[dtype]) for _ in range(2)]
@@ -304,22 +305,39 @@ def _runner(
     return run
 
 
-def _check_equal(ours: CRATE, run: Callable[..., Tensor], mode: str, dtype: str) -> None:
-    """Nothing is timed unless ours and the published arithmetic give one answer, and one gradient."""
-    tolerance = 1e-4 if dtype == "float32" else 0.1  # of the norm; bfloat16 keeps 8 bits through all layers
-    answers = []
-    for forward in (ours, lambda images: published_forward(ours, images)):
-        logits = run(ours, forward).float()
-        gradients = [p.grad.flatten() for p in ours.parameters() if p.grad is not None]
-        answers.append([logits.flatten(), *([torch.cat(gradients)] if gradients else [])])
-    for a, b in zip(*answers, strict=True):
-        error = ((a - b).norm() / b.norm()).item()
-        if not error < tolerance:
+def _check_equal(ours: CRATE, mode: str, dtype: str, images: Tensor, labels: Tensor) -> None:
+    """Nothing is timed unless ours and the published arithmetic give one answer, and one gradient.
+
+    To 1e-4 of the norm in float32. In bfloat16 no two orders of summation agree, and so each is held to the
+    float32 answer: ours may not be much further from it than the published form is.
+    """
+
+    def answers(dtype: str) -> list[list[Tensor]]:
+        run, found = _runner(mode, dtype, images, labels), []
+        for forward in (ours, lambda images: published_forward(ours, images)):
+            logits = run(ours, forward).float().flatten()
+            found.append([logits])
+            if mode == "training":
+                gradients = [p.grad.flatten() for p in ours.parameters() if p.grad is not None]
+                found[-1].append(torch.cat(gradients))
+        return found
+
+    exact, published = answers("float32")
+    errors = [(_distance(a, b), 1e-4) for a, b in zip(exact, published, strict=True)]
+    if dtype != "float32":
+        # Measured ratios are near 1 for logits and up to 2.5 for gradients, whose rounding is mostly chance.
+        for slack, a, b, truth in zip((1.5, 4), *answers(dtype), exact, strict=False):
+            errors.append((_distance(a, truth), slack * _distance(b, truth) + 1e-3))
+    for error, allowed in errors:
+        if not error <= allowed:
             raise NumericsError(
-                f"ours and the published arithmetic differ by {error:.1e} of the norm in {mode}, {dtype} "
-                f"(allowed {tolerance:.0e}) - their times would not compare"
+                f"ours and the published arithmetic differ: error {error:.1e} in {mode}, {dtype}, "
+                f"allowed {allowed:.1e} - their times would not compare"
             )
-    ours.zero_grad(set_to_none=True)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
 
 
 # --- the contenders ---------------------------------------------------------------------------------------

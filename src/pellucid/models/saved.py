@@ -26,6 +26,10 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _SOURCE = ("url", "hf_hub_id", "architecture", "tag", "custom_load")
 """Where timm's published weights of an architecture come from: not where these come from."""
 
+_NOT_SIZES = {"name", "model_name", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
+_NOT_SIZES |= {"checkpoint_path", "cache_dir"}
+"""Arguments of ``timm.create_model`` that read other files; a config may not."""
+
 
 def describe_model(
     model: Any,
@@ -72,14 +76,7 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
             do not fit the architecture.
     """
     folder = _model_folder(Path(path))
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-        name, num_classes = config["architecture"], int(config["num_classes"])
-        cfg, arguments = dict(config["pretrained_cfg"]), dict(config["model_args"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder / CONFIG} is not a model's config ({error}) - save the model again"
-        ) from error
+    name, num_classes, arguments, cfg = _read_config(folder)
     if not isinstance(name, str) or not timm.is_model(name):
         raise CheckpointError(f"{folder}: unknown architecture '{name}'{suggest(str(name), list_models())}")
     model: Any = create_model(name, **{**arguments, "num_classes": num_classes})
@@ -143,7 +140,7 @@ def copy_weights(model: nn.Module, path: str | os.PathLike[str], *, new_head: bo
     else:
         folder = _model_folder(source)
         state = read_weights(folder / WEIGHTS)
-        saved = json.loads((folder / CONFIG).read_text()).get("architecture")
+        saved = _read_config(folder)[0]
         if saved != model.architecture:
             raise CheckpointError(
                 f"{path} is {saved}, the run asks for {model.architecture} - give --model {saved}"
@@ -160,6 +157,21 @@ def copy_weights(model: nn.Module, path: str | os.PathLike[str], *, new_head: bo
                 f"to learn a fresh classifier, or train on data with the same classes"
             )
     load_matched(model, theirs, where=str(path))
+
+
+def _read_config(folder: Path) -> tuple[Any, int, dict[str, Any], dict[str, Any]]:
+    """Architecture, number of classes, model_args and pretrained_cfg of a ``config.json``."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text())
+        arguments, cfg = dict(config["model_args"]), dict(config["pretrained_cfg"])
+        name, num_classes = config["architecture"], int(config["num_classes"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a model's config ({error}) - save the model again") from error
+    foreign = sorted(_NOT_SIZES & arguments.keys())
+    if foreign:
+        raise CheckpointError(f"refused: {path} sets {', '.join(foreign)} in model_args - remove it")
+    return name, num_classes, arguments, cfg
 
 
 def _model_folder(path: Path) -> Path:

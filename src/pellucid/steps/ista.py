@@ -26,7 +26,10 @@ class ISTA(Step):
     With no signal given the tokens are their own signal and first code, ``X = Z = start``, as in CRATE; the
     step is then one affine map and a ReLU, and is computed with one product where that is cheaper:
 
-    .. math:: Z^+ = \mathrm{ReLU}(Z A - \eta\lambda), \qquad A = I + \eta (D - D^\top D).
+    .. math:: Z^+ = \mathrm{ReLU}(Z + Z C - \eta\lambda), \qquad C = \eta (D - D^\top D).
+
+    The identity stays out of C: a low-precision product would round the tokens themselves, not only their
+    change.
 
     Descends: for ``step_size < 2/||D||^2`` from a non-negative start. From a signed start, as in CRATE, the
     step also leaves the orthant's outside, which can cost more than it gains; the audit measures it.
@@ -65,7 +68,7 @@ class ISTA(Step):
                 f"{self.dictionary.shape[0]} needs a start and a signal: step(code, signal)"
             )
         fold = self._choose_fold(z)
-        return self.shrink(self._gradient_step(z, z) if fold is None else z @ fold.to(z.dtype))
+        return self.shrink(self._gradient_step(z, z) if fold is None else z + z @ fold.to(z.dtype))
 
     def shrink(self, v: Float[Tensor, "b n m"]) -> Float[Tensor, "b n m"]:
         r"""The proximal operator of :math:`\eta\lambda\|\cdot\|_1` on non-negative codes."""
@@ -86,11 +89,11 @@ class ISTA(Step):
         return torch.add(z, residual @ self.dictionary, alpha=self.step_size)
 
     def _choose_fold(self, z: Tensor) -> Tensor | None:
-        """The matrix A, or None where two products cost less than making it.
+        """The matrix C, or None where two products cost less than making it.
 
         For t tokens of width d a step costs 2td^2 unfolded (6td^2 with its backward pass) and td^2 + d^3
-        (3td^2 + 3d^3) with a fresh A, so A pays from t = d on. On a CPU a kept A serves every later call.
-        A compiler must not branch on sizes; it gets A, which it can fold as a constant, outside training.
+        (3td^2 + 3d^3) with a fresh C, so C pays from t = d on. On a CPU a kept C serves every later call.
+        A compiler must not branch on sizes; it gets C, which it can fold as a constant, outside training.
         """
         if torch.compiler.is_compiling():
             return None if self.training else self._make_fold()
@@ -101,16 +104,14 @@ class ISTA(Step):
         return self._make_fold() if tokens > self.dictionary.shape[0] else None
 
     def _make_fold(self) -> Tensor:
-        """A. Its product, too, runs in autocast's precision: A is rounded to that when it is used."""
+        """C. Its product, too, runs in autocast's precision: C is rounded to that when it is used."""
         dictionary: Tensor = self.dictionary
         if dictionary.dtype in (torch.float16, torch.bfloat16):
             dictionary = dictionary.float()
-        change = dictionary - dictionary.mT @ dictionary
-        eye = torch.eye(change.shape[0], dtype=change.dtype, device=change.device)
-        return torch.add(eye, change, alpha=self.step_size)
+        return self.step_size * (dictionary - dictionary.mT @ dictionary)
 
     def _kept_fold(self) -> Tensor:
-        """A from the last call if the dictionary still holds the same numbers, else made anew.
+        """C from the last call if the dictionary still holds the same numbers, else made anew.
 
         Compared number by number: version counters miss writes through ``.data``, and reading d^2 numbers is
         nothing beside a product.

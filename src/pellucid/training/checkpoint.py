@@ -28,6 +28,7 @@ from torch import Tensor
 from pellucid.errors import CheckpointError, NumericsError
 
 MANIFEST = "MANIFEST.json"
+SCHEMA = 1
 KEEP = 2
 
 
@@ -75,8 +76,9 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], meta: d
             for name, content in contents.items():
                 write_flushed(scratch / name, content)
             manifest = {name: _digest(content) for name, content in contents.items()}
-            write_flushed(scratch / MANIFEST, json.dumps({"schema": 1, "files": manifest}).encode())
-        for old in _steps(folder)[:-KEEP]:
+            write_flushed(scratch / MANIFEST, json.dumps({"schema": SCHEMA, "files": manifest}).encode())
+        earlier = [path for path in _steps(folder) if path < final]
+        for old in earlier[: -(KEEP - 1)]:
             remove_folder(old)
     return final
 
@@ -96,7 +98,9 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
             return Checkpoint(meta.pop("step"), tensors, meta, damaged)
         damaged.append(f"{path.name}: {reason}")
     if damaged:
-        raise CheckpointError(f"no valid checkpoint in {folder}\n" + "\n".join(damaged[:3]))
+        raise CheckpointError(
+            f"no valid checkpoint in {folder} - start again with --overwrite\n" + "\n".join(damaged[:3])
+        )
     return None
 
 
@@ -133,11 +137,15 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 def remove_folder(path: Path, then: Any = None) -> None:
-    """Out of sight by one rename, then deleted. ``then`` runs between the two."""
+    """Out of sight by one rename, then deleted. ``then`` runs between; if it fails, all is as before."""
     aside = path.parent / f".del-{path.name}-{os.getpid()}"
     os.rename(path, aside)
-    if then is not None:
-        then()
+    try:
+        if then is not None:
+            then()
+    except BaseException:
+        os.rename(aside, path)
+        raise
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -169,34 +177,56 @@ def saving(folder: Path, needed: int) -> Iterator[None]:
         yield
     except OSError as error:
         what = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk quota used up", errno.EFBIG: "file too large"}
+        full = what.get(error.errno or 0)
         free = f", {_megabytes(shutil.disk_usage(folder).free)} free" if folder.exists() else ""
+        remedy = "make room, then run again with --resume" if full else "check the folder, or take another"
         raise CheckpointError(
-            f"{what.get(error.errno or 0, 'cannot write')}: needs {_megabytes(needed)}{free} on {folder} "
-            f"({error.strerror}) - make room, then run again with --resume; {_last_good(folder)}"
+            f"{full or 'cannot write'}: needs {_megabytes(needed)}{free} on {folder} "
+            f"({error.strerror}) - {remedy}; {_last_good(folder)}"
         ) from error
+
+
+_held: set[int] = set()
+"""Descriptors of the locks that this process holds."""
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder against a second run. The kernel lets go when the process ends, however it ends."""
-    path = folder / "run.lock"
-    with open(path, "a+") as file:
+    descriptor = os.open(folder / "run.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    _held.add(descriptor)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
+            holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
             raise CheckpointError(f"{folder} is in use by {holder} - wait, or take another --out") from None
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on {os.uname().nodename}")
-        file.flush()
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"pid {os.getpid()} on {os.uname().nodename}".encode())
         yield
+    finally:
+        if descriptor in _held:
+            _held.remove(descriptor)
+            os.close(descriptor)
+
+
+def _let_go() -> None:
+    """In a forked process, such as a data worker: it may outlive the run and must not hold its lock."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def _damage(path: Path) -> str | None:
     """Why this checkpoint cannot be used, or None."""
     try:
-        files = json.loads((path / MANIFEST).read_bytes())["files"]
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        if manifest["schema"] != SCHEMA:
+            return f"{MANIFEST} is damaged, or of another version"
+        files = manifest["files"]
         for name, expected in files.items():
             if _digest((path / name).read_bytes()) != expected:
                 return f"{name} is damaged (SHA-256 differs)"
@@ -214,7 +244,8 @@ def _steps(folder: Path) -> list[Path]:
 
 
 def _last_good(folder: Path) -> str:
-    good = next((path.name for path in reversed(_steps(folder)) if _damage(path) is None), None)
+    kept = _steps(folder) or _steps(folder / "checkpoints")
+    good = next((path.name for path in reversed(kept) if _damage(path) is None), None)
     return f"last good checkpoint: {good}" if good else "no earlier checkpoint"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -65,7 +66,7 @@ class TrainConfig:
     model_args: dict[str, Any] = field(default_factory=dict)
     objective: str = "supervised"
     seed: int = 0
-    epochs: float = 80
+    epochs: float = 60
     batch_size: int = 128
     lr: float = 3e-3
     matrix_lr: float = 1e-2
@@ -95,7 +96,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for key, hint in hints.items():
-            setattr(self, key, _checked(key, getattr(self, key), hint))
+            value = _checked(key, getattr(self, key), hint)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{key} is {value}; it must be finite")
+            setattr(self, key, value)
         for key in ("epochs", "batch_size", "accumulate", "lr", "matrix_lr"):
             if not getattr(self, key) > 0:
                 raise ConfigError(f"{key} is {getattr(self, key)}; it must be larger than 0")

@@ -90,6 +90,12 @@ class Learner:
         """What the run hands over: the averaged weights where there are any."""
         return self.model.state_dict() if self.average is None else self.average.weights
 
+    def follow_model(self) -> None:
+        """Bring the optimiser's state and the average to the device that the model has moved to."""
+        self.optimizer.load_tensors(self.optimizer.tensors())
+        if self.average is not None:
+            self.average.to_device_of(self.model)
+
     def tensors(self) -> dict[str, Tensor]:
         """All state as named tensors."""
         state = {f"objective/{name}": value for name, value in self.objective.state_dict().items()}

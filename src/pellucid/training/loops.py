@@ -35,7 +35,9 @@ def fit_plain(
     """
     device = torch.device(device)
     learner.objective.to(device).train()
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    learner.follow_model()
+    # As in lightning: without the cache, the two uses of a tied matrix add their gradients in float32.
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
     parts: list[dict[str, Tensor]] = []
     for batch in batches:
         batch = tuple(part.to(device, non_blocking=True) for part in batch)
@@ -113,15 +115,17 @@ class _Module(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         self.learner.any_rank = self._any_rank
+        self.learner.follow_model()
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         self.parts.append(self.learner.losses(batch, micro=len(self.parts)))
-        self.manual_backward(self.parts[-1]["loss"] / self.accumulate)
-        if len(self.parts) == self.accumulate:
-            optimizer: Any = self.optimizers()
-            self.learner.update(apply=optimizer.step)
-            self.after_step(_mean(self.parts))
-            self.parts = []
+        with torch.autocast(self.device.type, enabled=False):  # lightning's holds for the forward pass only
+            self.manual_backward(self.parts[-1]["loss"] / self.accumulate)
+            if len(self.parts) == self.accumulate:
+                optimizer: Any = self.optimizers()
+                self.learner.update(apply=optimizer.step)
+                self.after_step(_mean(self.parts))
+                self.parts = []
 
     def _any_rank(self, flag: bool) -> bool:
         if self.trainer.world_size == 1:

@@ -142,6 +142,11 @@ class Average:
         self.decay = decay
         self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
 
+    def to_device_of(self, model: nn.Module) -> None:
+        """Beside the weights that they average."""
+        devices = {name: value.device for name, value in model.state_dict().items()}
+        self.weights = {name: value.to(devices[name]) for name, value in self.weights.items()}
+
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))

@@ -107,12 +107,13 @@ class Recorder:
         if step % self.eval_every == 0 or last:
             self.evaluate()
         late = time.monotonic() - self.saved_at > SAVE_SECONDS
-        if step % self.save_every == 0 or last or late or self.stop.name:
+        stopping = self.learner.any_rank(bool(self.stop.name))  # all ranks stop after the same step
+        if step % self.save_every == 0 or last or late or stopping:
             self.save()
-        if self.stop.name and not last:
+        if stopping and not last:
             raise Stopped(
-                f"stopped by {self.stop.name}: saved step {step} of {self.learner.total_steps} in "
-                f"{self.out} - run the same command with --resume to go on"
+                f"stopped by {self.stop.name or 'a signal'}: saved step {step} of "
+                f"{self.learner.total_steps} in {self.out} - run the same command with --resume to go on"
             )
 
     def evaluate(self) -> None:
@@ -140,9 +141,12 @@ class Recorder:
             save_checkpoint(self.out / "checkpoints", self.learner.step, self.learner.tensors(), meta)
 
     def restore(self, meta: dict[str, Any]) -> None:
-        """Go on where a checkpoint's log stood; later lines are dropped, they will be written again."""
+        """Go on where a checkpoint's log stood."""
         self.window, self.latest = dict(meta["window"]), dict(meta["latest"])
         self.earlier_seconds = meta["seconds"]
+
+    def drop_later_lines(self) -> None:
+        """Lines of the log that lie after the learner's step will be written again."""
         path = self.out / "metrics.jsonl"
         if self.writes and path.exists():
             kept = [line for line in read_lines(path) if line["step"] <= self.learner.step]

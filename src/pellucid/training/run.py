@@ -99,12 +99,15 @@ def train(
     images = load_data(data, download=config.download, root=config.data_root, max_bad=config.max_bad)
     config = _resolved(config, images)
     out = Path(config.out)
+    setting = _set_up(config, images)
     if rank() > 0:  # the first process owns the folder
         with StopFlag() as stop:
-            return _train(_set_up(config, images), out, stop, resume, progress=False, say=lambda line: None)
+            return _train(setting, out, stop, resume, progress=False, say=lambda line: None)
     _claim(out, config, resume=resume, overwrite=overwrite)
     with locked(out), StopFlag() as stop:
-        return _train(_set_up(config, images), out, stop, resume, progress, say)
+        for folder in (out, out / "checkpoints"):
+            sweep(folder)
+        return _train(setting, out, stop, resume, progress, say)
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
@@ -180,7 +183,9 @@ def _set_up(config: TrainConfig, images: ImageData) -> _Setting:
         flip=bool(config.flip),
         seed=config.seed,
     )
-    return _Setting(config, images, model, learner, view)
+    setting = _Setting(config, images, model, learner, view)
+    setting.batches(0, max(1, config.devices) * config.nodes if isinstance(config.devices, int) else 1)
+    return setting
 
 
 def _train(setting: _Setting, out: Path, stop: StopFlag, resume: bool, progress: bool, say: Say) -> Run:
@@ -208,6 +213,8 @@ def _train(setting: _Setting, out: Path, stop: StopFlag, resume: bool, progress:
     )
     if saved is not None:
         recorder.restore(saved.meta)
+    if resume:
+        recorder.drop_later_lines()
     try:
         with _threads(setting):
             _fit(setting, recorder)
@@ -320,11 +327,10 @@ def _claim(out: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> 
     is_run = (out / "config.yaml").is_file()
     if resume and is_run:
         refuse_changes(TrainConfig.from_mapping(read_config(out / "config.yaml")), config)
-        sweep(out / "checkpoints")
         return
     if resume:
         raise CheckpointError(f"nothing to resume: {out} holds no run - leave out --resume, or check --out")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(not _is_half_written(path) for path in out.iterdir())):
         if not is_run:
             raise CheckpointError(f"{out} exists and is not a run - take another --out; it is left as it is")
         if not overwrite:
@@ -335,8 +341,14 @@ def _claim(out: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> 
         with locked(out):
             remove_folder(out)
     with saving(out.parent, 0):
-        (out / "checkpoints").mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
     write_file(out / "config.yaml", config.to_yaml())
+    (out / "checkpoints").mkdir(exist_ok=True)
+
+
+def _is_half_written(path: Path) -> bool:
+    """The only thing in the folder of a run that was killed before it had begun."""
+    return path.name.startswith(".tmp-config.yaml-")
 
 
 def _refuse_changed_data(fingerprint: str, images: ImageData, config: TrainConfig, out: Path) -> None:

@@ -1,0 +1,100 @@
+"""Small real runs on digits, what to do to them between two steps, and how to compare two of them."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pellucid.data import load_data
+from pellucid.errors import Stopped
+from pellucid.training import train
+from pellucid.training.recorder import Recorder
+
+SMALL = {"model": "crate_digits", "batch_size": 128, "epochs": 2, "augment": "small"}
+"""22 steps: logged after 10, 20 and 22, evaluated and saved after 11 and 22."""
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Runs on digits with the options of SMALL unless given."""
+
+    images: Any
+    folder: Path
+    finished: dict[str, Path]
+
+    def train(self, out: Path, **options: Any) -> Path:
+        train(self.images, out=str(out), progress=False, **{**SMALL, **options})
+        return out
+
+    def reference(self, **options: Any) -> Path:
+        """The uninterrupted run with these options, made once and not to be changed."""
+        key = repr(sorted(options.items()))
+        if key not in self.finished:
+            self.finished[key] = self.train(self.folder / f"reference-{len(self.finished)}", **options)
+        return self.finished[key]
+
+    def stopped(self, out: Path, after: int, **options: Any) -> str:
+        """Train until SIGTERM arrives in step ``after``; returns what was said."""
+        with (
+            between_steps({after: lambda: os.kill(os.getpid(), signal.SIGTERM)}),
+            pytest.raises(Stopped) as stop,
+        ):
+            self.train(out, **options)
+        return str(stop.value)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    return Digits(load_data("digits"), tmp_path_factory.mktemp("runs"), {})
+
+
+@contextlib.contextmanager
+def between_steps(actions: dict[int, Callable[[], Any]]):
+    """Run ``actions[step]`` when that step has been taken, before anything is logged or saved."""
+    before = Recorder.__call__
+
+    def recorder(self, parts):
+        actions.get(self.learner.step, lambda: None)()
+        before(self, parts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recorder, "__call__", recorder)
+        yield
+
+
+@pytest.fixture(name="between_steps")
+def _between_steps():
+    return between_steps
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+@pytest.fixture(name="weights")
+def _weights():
+    return weights
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """What two finished runs differ in, bit by bit: tensors by name, the log, the final optimiser state."""
+    a, b = weights(one), weights(other)
+    found = [f"model {name}" for name in a.keys() | b.keys() if not torch.equal(a[name], b[name])]
+    if (one / "metrics.jsonl").read_bytes() != (other / "metrics.jsonl").read_bytes():
+        found.append("metrics.jsonl")
+    last = [sorted((run / "checkpoints").glob("step-*"))[-1] / "state.safetensors" for run in (one, other)]
+    if last[0].read_bytes() != last[1].read_bytes():
+        found.append("final checkpoint")
+    return found
+
+
+@pytest.fixture(name="differences")
+def _differences():
+    return differences
