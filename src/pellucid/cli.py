@@ -389,7 +389,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokens = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in tokens
     try:
-        app([token for token in tokens if token != "--debug"], exit_on_error=False, print_error=False)
+        app(
+            [token for token in tokens if token != "--debug"],
+            exit_on_error=False,
+            print_error=False,
+            result_action="return_value",
+        )
     except BrokenPipeError:
         # Whoever read our output has enough, as ``| head`` does. Python would complain at exit otherwise.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,6 +3,9 @@
 import contextlib
 import os
 import signal
+import sys
+import tempfile
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +20,8 @@ from pellucid.errors import Stopped
 from pellucid.training import train
 from pellucid.training.recorder import Recorder
 
-SMALL = {"model": "crate_digits", "batch_size": 128, "epochs": 2, "augment": "small"}
-"""22 steps: logged after 10, 20 and 22, evaluated and saved after 11 and 22."""
+SMALL = {"model": "crate_digits", "model_args": {"depth": 2}, "batch_size": 128, "epochs": 2}
+"""22 steps: logged, evaluated and saved after 11 and 22."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,47 @@ def between_steps(actions: dict[int, Callable[[], Any]]):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Recorder, "__call__", recorder)
         yield
+
+
+def in_child(body: Callable[[], Any]) -> tuple[int, str]:
+    """Run ``body`` in a forked process: (exit code or minus the signal, what it printed)."""
+    with tempfile.TemporaryFile() as output:
+        pid = fork(body, output.fileno())
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        output.seek(0)
+        return status, output.read().decode()
+
+
+def fork(body: Callable[[], Any], output: int | None = None) -> int:
+    """A child that runs ``body`` and nothing after it; exits with what ``body`` returns, or 99 on an error."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 99
+    try:
+        where = os.open(os.devnull, os.O_WRONLY) if output is None else output
+        os.dup2(where, 1)
+        os.dup2(where, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        code = body() or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+@pytest.fixture(name="in_child")
+def _in_child():
+    return in_child
+
+
+@pytest.fixture(name="fork")
+def _fork():
+    return fork
 
 
 @pytest.fixture(name="between_steps")

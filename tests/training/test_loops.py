@@ -22,7 +22,9 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()) or "as is")
+@pytest.mark.parametrize(
+    "options", VARIANTS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()) or "as is"
+)
 def test_plain_loop_and_lightning_give_the_same_bits(digits, differences, options):
     options = {**options, "epochs": 1}
     plain = digits.reference(engine="plain", **options)
@@ -110,6 +112,8 @@ def test_state_follows_the_model_to_its_device(digits):
     with swapped_parameters():
         objective.to("meta")
     learner.follow_model()
-    devices = {name: value.device.type for name, value in learner.tensors().items() if not name.endswith("/step")}
+    devices = {
+        name: value.device.type for name, value in learner.tensors().items() if not name.endswith("/step")
+    }
     assert len(devices) > 3 * len(list(objective.parameters()))  # weights, their average, momenta
     assert set(devices.values()) == {"meta"}

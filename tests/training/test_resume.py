@@ -1,17 +1,20 @@
 """Stopped anywhere and resumed, a run ends in the same bits."""
 
+import os
 import random
+import signal
 
 import numpy as np
 import pytest
 import torch
 
 from pellucid.data import StepSampler
+from pellucid.errors import Stopped
 from pellucid.training import run as run_module
 from pellucid.training.learner import Learner
 
-STOPS = [1, 9, 10, 11, 12, 21]
-"""The first step; before, at and after a line of the log; at an evaluation and a save; the last but one."""
+STOPS = [1, 10, 11, 12, 21]
+"""The first step; before, at and after an evaluation, which is also the end of an epoch; the last but one."""
 
 VARIANTS = {
     "lightning": {},
@@ -19,7 +22,7 @@ VARIANTS = {
     "averaged": {"average": 0.9},
     "accumulated": {"accumulate": 4, "engine": "plain"},
     "all": {"accumulate": 2, "average": 0.9, "clip": 0.5, "precision": "bf16"},
-    "dropout": {"model": "vit_digits", "model_args": {"proj_drop_rate": 0.2}, "engine": "plain"},
+    "dropout": {"model": "vit_digits", "model_args": {"depth": 2, "proj_drop_rate": 0.2}, "engine": "plain"},
 }
 
 
@@ -68,13 +71,35 @@ def test_stop_after_every_single_step(digits, tmp_path, differences, engine):
         assert differences(run, digits.reference()) == [], after
 
 
-def test_a_stop_in_the_last_step_is_the_end(digits, tmp_path, differences, between_steps):
-    import os
-    import signal
-
-    with between_steps({22: lambda: os.kill(os.getpid(), signal.SIGTERM)}):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_in_the_last_step_is_the_end(digits, tmp_path, differences, between_steps, number):
+    with between_steps({22: lambda: os.kill(os.getpid(), number)}):
         digits.train(tmp_path / "run")
     assert differences(tmp_path / "run", digits.reference()) == []
+
+
+@pytest.mark.parametrize("engine", ["plain", "lightning"])
+def test_a_stop_between_micro_batches_waits_for_the_step(digits, tmp_path, differences, monkeypatch, engine):
+    options = {"accumulate": 4, "epochs": 1, "engine": engine}
+    losses = Learner.losses
+
+    def interrupted(self, batch, micro):
+        if (self.step, micro) == (6, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses(self, batch, micro)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="saved step 7 of 11"):
+        patch.setattr(Learner, "losses", interrupted)
+        digits.train(tmp_path / "run", **options)
+    digits.train(tmp_path / "run", resume=True, **options)
+    assert differences(tmp_path / "run", digits.reference(**options)) == []
+
+
+@pytest.mark.parametrize("engine", ["plain", "lightning"])
+def test_handlers_are_given_back(digits, tmp_path, engine):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    digits.stopped(tmp_path / "run", 1, engine=engine)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_resuming_a_finished_run_changes_nothing(digits, tmp_path, differences):
@@ -92,11 +117,11 @@ def test_killed_before_the_first_checkpoint(digits, tmp_path, differences, betwe
     def die():
         raise Killed
 
-    with between_steps({11: die}), pytest.raises(Killed):
-        digits.train(tmp_path / "run")
-    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 1
+    with between_steps({15: die}), pytest.raises(Killed):
+        digits.train(tmp_path / "run", save_every=20)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 2
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
-    digits.train(tmp_path / "run", resume=True)
+    digits.train(tmp_path / "run", resume=True, save_every=20)
     assert differences(tmp_path / "run", digits.reference()) == []
 
 

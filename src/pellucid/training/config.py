@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -169,6 +170,8 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
     ]
     if value is None and type(None) in options:
         return None
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
     for kind in (get_origin(t) or t for t in plain):
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             return value

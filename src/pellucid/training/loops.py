@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -106,6 +108,7 @@ class _Module(lightning.LightningModule):
         self.learner, self.make_batches = learner, make_batches
         self.after_step, self.accumulate = after_step, accumulate
         self.parts: list[dict[str, Tensor]] = []
+        self.on_sigterm = signal.getsignal(signal.SIGTERM)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.learner.optimizer
@@ -116,6 +119,11 @@ class _Module(lightning.LightningModule):
     def on_fit_start(self) -> None:
         self.learner.any_rank = self._any_rank
         self.learner.follow_model()
+
+    def on_train_start(self) -> None:
+        # Lightning's own handler, set by now, would end the run between two micro-batches with nothing saved.
+        if self.on_sigterm is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.on_sigterm)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         self.parts.append(self.learner.losses(batch, micro=len(self.parts)))

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pellucid.errors import Stopped
-from pellucid.training.checkpoint import save_checkpoint, thread_fingerprint, write_file
+from pellucid.training.checkpoint import save_checkpoint, saving, thread_fingerprint, write_file
 from pellucid.training.learner import Learner
 
 SAVE_SECONDS = 600.0
@@ -173,8 +173,9 @@ class Recorder:
         if self.writes:
             step = self.learner.step
             line = {"step": step, "epoch": round(step / self.steps_per_epoch, 4), "split": split, **values}
-            with open(self.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+            text = json.dumps(line) + "\n"
+            with saving(self.out, len(text)), open(self.out / "metrics.jsonl", "a") as file:
+                file.write(text)
 
 
 @torch.no_grad()
