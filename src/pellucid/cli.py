@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -71,6 +72,21 @@ class Sizes:
     num_heads: int | None = None
 
 
+@dataclasses.dataclass(kw_only=True)
+class Source:
+    """Where images come from, and how many may be bad.
+
+    Attributes:
+        download: fetch a named data set.
+        data_root: where named data sets are kept.
+        max_bad: share of unreadable images above which the data are refused; the run's own, or 0.01.
+    """
+
+    download: bool = False
+    data_root: str | None = None
+    max_bad: float | None = None
+
+
 _Flat = Parameter(name="*")
 
 
@@ -99,7 +115,8 @@ def demo(
         Go on with a demo that was stopped.
     """
     options = {"data": "digits", "model": "crate_digits", "out": out, "seed": seed, "epochs": epochs}
-    run = _train_and_report(options, "vit_digits", f"pellucid demo --seed {seed}", resume, overwrite)
+    command = f"pellucid demo --seed {seed} --epochs {epochs:g}"
+    run = _train_and_report(options, "vit_digits", command, resume, overwrite)
     say("")
     say(f"test accuracy of CRATE: {run.accuracy:.2%}; the report: {run.out / 'report.html'}")
     say("")
@@ -149,8 +166,8 @@ def train(
         chosen["data"] = data
     given = {k: v for k, v in vars(sizes or Sizes()).items() if v is not None} | _model_args(model_arg or [])
     if given:
-        chosen["model_args"] = {**(chosen.get("model_args") or {}), **given}
-    command = " ".join(["pellucid", *sys.argv[1:]])
+        chosen["model_args"] = _with(chosen.get("model_args"), given)
+    command = shlex.join(["pellucid", *sys.argv[1:]])
     if report:
         _train_and_report(chosen, beside, command, resume, overwrite)
     elif beside:
@@ -161,7 +178,11 @@ def train(
 
 @app.command
 def evaluate(
-    run: Path, data: str | None = None, *, json_out: Annotated[Path | None, Parameter(("-o", "--out"))] = None
+    run: Path,
+    data: str | None = None,
+    *,
+    json_out: Annotated[Path | None, Parameter(("-o", "--out"))] = None,
+    source: Annotated[Source, _Flat] | None = None,
 ) -> None:
     """Accuracy of a trained model, with its confidence interval, class by class.
 
@@ -179,9 +200,10 @@ def evaluate(
     from pellucid.measure import evaluate as score
     from pellucid.models import load
 
+    _refuse_output(json_out)
     model: Any = load(run)
-    names = list(model.pretrained_cfg["label_names"])
-    images = _evaluation_data(run, data)
+    names = _class_names(model)
+    images = _evaluation_data(run, data, source or Source())
     labelled = _labels_for(images, names)
     view = eval_view(model)
     with _bar(len(images.test), "image") as step:
@@ -216,21 +238,27 @@ def predict(run: Path, *images: Path, top: int = 3) -> None:
 
     if not images:
         raise ConfigError("no images given - name at least one file")
+    if top < 1:
+        raise ConfigError(f"--top is {top}; it must be larger than 0")
     model: Any = load(run)
-    names, view = model.pretrained_cfg["label_names"], eval_view(model)
-    unread = 0
+    names, view = _class_names(model), eval_view(model)
+    unread = []
     for path in images:
         try:
             batch = view.batch([read_image(path)], [0])
         except ImageRejected as error:
-            unread += 1
-            print(f"error: {show_name(str(path))}: {error.reason}", file=sys.stderr)
+            unread.append(f"{show_name(path)}: {error.reason}")
             continue
         chances = guess(model, batch)[0]
         best = chances.argsort(descending=True)[:top].tolist()
-        say(f"{show_name(str(path))}: " + ", ".join(f"{names[i]} {chances[i]:.1%}" for i in best))
+        say(f"{show_name(path)}: " + ", ".join(f"{names[i]} {chances[i]:.1%}" for i in best))
     if unread:
-        raise DataError(f"{unread} of {len(images)} images could not be read - the reasons stand above")
+        more = f"\n  and {len(unread) - 3} more" if len(unread) > 3 else ""
+        raise DataError(
+            f"{len(unread)} of {len(images)} images could not be read - get them again, or leave them out\n  "
+            + "\n  ".join(unread[:3])
+            + more
+        )
 
 
 @app.command
@@ -241,6 +269,7 @@ def audit(
     out: Annotated[Path | None, Parameter(("-o", "--out"))] = None,
     limit: int = 256,
     pretrained: bool = False,
+    source: Annotated[Source, _Flat] | None = None,
 ) -> None:
     """Hold every layer to its objective: did its step lower it, and on how many images?
 
@@ -261,8 +290,9 @@ def audit(
     from pellucid.glass.feed import eval_view
     from pellucid.measure import audit as hold
 
-    images = _evaluation_data(Path(model), data)
-    network = _network(model, images, pretrained)
+    _refuse_output(out)
+    images = _evaluation_data(Path(model), data, source or Source())
+    network = _network(model, pretrained)
     batches = eval_loader(images.test, eval_view(network), batch_size=32, limit=limit)
     with _bar(min(limit, len(images.test)), "image") as step:
         result = hold(network, batches, data=images.name, progress=step)
@@ -295,12 +325,12 @@ def report(
     """
     from pellucid.training import open_run
 
+    _refuse_output(out)
     subject = open_run(run)
     others = [open_run(path) for path in (beside if beside is not None else sorted(run.glob("beside-*")))]
     images = _data_of(subject)
-    say(
-        f"report: {_report([subject, *others], images, out or run / 'report.html', f'pellucid report {run}')}"
-    )
+    command = shlex.join(["pellucid", "report", str(run)])
+    say(f"report: {_report([subject, *others], images, out or run / 'report.html', command)}")
 
 
 @app.command
@@ -376,6 +406,7 @@ def bench(
     """
     from pellucid.measure.bench import bench as measure
 
+    _refuse_output(out)
     given = {"models": models, "batch_sizes": batch_sizes, "dtypes": dtypes}
     chosen = {key: tuple(value) for key, value in given.items() if value}
     result = measure(**chosen, rounds=rounds, progress=lambda line: print(line, file=sys.stderr))  # type: ignore[arg-type]
@@ -402,7 +433,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (PellucidError, CycloptsError, OSError) as error:
         if debug:
             raise
-        print(f"error: {_message(error)}", file=sys.stderr)
+        print(f"error: {_printable(_message(error))}", file=sys.stderr)
         return error.exit_code if isinstance(error, PellucidError) else 2
     except KeyboardInterrupt:
         print("error: interrupted - nothing was left half written", file=sys.stderr)
@@ -410,8 +441,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def say(line: str) -> None:
-    print(line, flush=True)
+def say(text: str) -> None:
+    print(_printable(text), flush=True)
+
+
+def _printable(text: str) -> str:
+    """Lines that are safe on any terminal, whatever a file or a class is called."""
+    return "".join(
+        c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
 
 
 def _message(error: Exception) -> str:
@@ -438,6 +476,10 @@ def _train_and_report(
     options: dict[str, Any], beside: str | None, command: str, resume: bool, overwrite: bool
 ) -> Run:
     """Train, and a second model by the same recipe if there is to be one; then look at both."""
+    if beside is not None:
+        from pellucid.models import create_model
+
+        create_model(beside)  # a name that is wrong is told before the first has trained, not after
     run = _train(options, resume, overwrite)
     runs = [run]
     if beside is not None:
@@ -464,11 +506,12 @@ def _report(runs: list[Run], images: ImageData, path: Path, command: str) -> Pat
     from pellucid.glass.report import render
 
     bundle = collect(runs, images, command=command, progress=say)
-    audit = bundle["models"][0]["audit"]["verdict"]
     _write(path, render(bundle))
-    say(f"audit of {bundle['models'][0]['name']}: {audit['text']}")
-    for line in audit["details"]:
-        say(f"  {line}")
+    subject = bundle["models"][0]
+    if subject["audit"] is not None:
+        say(f"audit of {subject['name']}: {subject['audit']['verdict']['text']}")
+        for line in subject["audit"]["verdict"]["details"]:
+            say(f"  {line}")
     return path
 
 
@@ -476,10 +519,10 @@ def _data_of(run: Run) -> ImageData:
     from pellucid.data import load_data
 
     config = run.config
-    return load_data(config.data, root=config.data_root, max_bad=config.max_bad)
+    return load_data(config.data, root=config.data_root, max_bad=config.max_bad, download=config.download)
 
 
-def _evaluation_data(run: Path, data: str | None) -> ImageData:
+def _evaluation_data(run: Path, data: str | None, source: Source) -> ImageData:
     """The run's own held-out images, or all of another data set's."""
     from pellucid.data import BUILTIN_NAMES, load_data
     from pellucid.training import read_config
@@ -491,8 +534,19 @@ def _evaluation_data(run: Path, data: str | None) -> ImageData:
             raise ConfigError(f"{run} does not say what it was trained on - name the data to look at")
         data = own.data
     held_out = data in BUILTIN_NAMES or (own is not None and Path(own.data).resolve() == Path(data).resolve())
-    root = own.data_root if own is not None else None
-    return load_data(data, root=root, test_only=not held_out)
+    root, max_bad = (own.data_root, own.max_bad) if own is not None else (None, 0.01)
+    return load_data(
+        data,
+        root=source.data_root or root,
+        max_bad=max_bad if source.max_bad is None else source.max_bad,
+        download=source.download,
+        test_only=not held_out,
+    )
+
+
+def _class_names(model: Any) -> list[str]:
+    """What the model was taught; numbers for weights that came without names."""
+    return list(model.pretrained_cfg.get("label_names") or map(str, range(model.num_classes)))
 
 
 def _labels_for(images: ImageData, names: list[str]) -> Any:
@@ -513,14 +567,13 @@ def _labels_for(images: ImageData, names: list[str]) -> Any:
     return relabelled
 
 
-def _network(name: str, images: ImageData, pretrained: bool) -> Any:
+def _network(name: str, pretrained: bool) -> Any:
     """A saved model, or a fresh or published one by its name."""
     from pellucid.models import create_model, load
 
     if Path(name).exists():
         return load(name)
-    sizes: dict[str, Any] = {} if pretrained else {"in_chans": images.in_chans}
-    return create_model(name, pretrained=pretrained, **sizes)
+    return create_model(name, pretrained=pretrained)
 
 
 def _model_args(pairs: list[str]) -> dict[str, Any]:
@@ -531,16 +584,41 @@ def _model_args(pairs: list[str]) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise ConfigError(f"--model-arg is '{pair}'; expected NAME=VALUE, such as depth=6")
-        arguments[key] = yaml.safe_load(value)
+        try:
+            arguments[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"--model-arg {key}: '{value}' is not a value - quote it, as {key}='...'"
+            ) from error
     return arguments
+
+
+def _with(model_args: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """A config's ``model_args`` with what the command line says in place of it."""
+    if not isinstance(model_args, dict | None):
+        raise ConfigError(f"model_args is {model_args!r}; expected options such as 'depth: 6'")
+    return {**(model_args or {}), **given}
+
+
+def _refuse_output(path: Path | None) -> None:
+    """An output that cannot be, told before the work is done."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise ConfigError(f"cannot write {path}: {path.parent} is not a folder - make it first")
+    if path.is_dir():
+        raise ConfigError(f"cannot write {path}: it is a folder - name a file in it")
 
 
 def _write(path: Path, text: str) -> None:
     from pellucid.training.checkpoint import write_file
 
-    if not path.parent.is_dir():
-        raise ConfigError(f"cannot write {path}: {path.parent} is not a folder - make it first")
-    write_file(path, text)
+    _refuse_output(path)
+    try:
+        write_file(path, text)
+    except CheckpointError as error:
+        reason = getattr(error.__cause__, "strerror", None) or "failed"
+        raise ConfigError(f"cannot write {path}: {reason} - make room, or name another file") from error
 
 
 class _bar:  # noqa: N801

@@ -121,10 +121,11 @@ def test_watching_a_forward_pass_changes_nothing():
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
-def test_compiles_whole_in_training_and_evaluation():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_whole_in_training_and_evaluation(backend):
     model, x = digits(depth=2), torch.randn(2, 1, 8, 8)
     gradients = []
-    for forward in (model.train(), torch.compile(model, fullgraph=True)):
+    for forward in (model.train(), torch.compile(model, fullgraph=True, backend=backend)):
         model.zero_grad()
         out = forward(x)
         out.square().sum().backward()
@@ -133,7 +134,9 @@ def test_compiles_whole_in_training_and_evaluation():
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
     model.eval()
     with torch.no_grad():
-        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            torch.compile(model, fullgraph=True, backend=backend)(x), model(x), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_learns_a_planted_difference():

@@ -93,12 +93,16 @@ def test_every_gradient(model, with_input_gradient, training):
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
-def test_compiled(model, with_input_gradient):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled(model, with_input_gradient, backend):
     data = with_input_gradient
-    torch.compile(model.train(), fullgraph=True)(data["input"]).square().sum().backward()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    model.train()
+    compiled(data["input"]).square().sum().backward()
     check_gradients(model, data)
+    model.eval()
     with torch.no_grad():
-        close(torch.compile(model.eval(), fullgraph=True)(data["input"]), data["logits"])
+        close(compiled(data["input"]), data["logits"])
 
 
 @pytest.mark.usefixtures("unchecked_shapes")

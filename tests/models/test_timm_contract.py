@@ -234,6 +234,11 @@ def test_parameters_sort_into_layers(name, coarse):
     first = groups[min(groups)]
     assert any("pos_embed" in key for key in first)
     assert any(key.startswith("head") for key in groups[max(groups)])
+    group_of = {key: group for group, keys in groups.items() for key in keys}
+    layer = "layers" if isinstance(model, CRATE) else "blocks"
+    of_layers = [{g for key, g in group_of.items() if key.startswith(f"{layer}.{i}.")} for i in range(3)]
+    assert [len(found) for found in of_layers] == [1, 1, 1]  # the whole of a layer in one group of its own
+    assert len(set.union(*of_layers)) == 3
 
 
 @every_model

@@ -205,6 +205,17 @@ def test_a_kept_fold_does_not_outlive_a_change(cls, change):
         assert (after - before).abs().max() > 1e-5
 
 
+def test_a_fold_is_made_anew_in_another_precision_even_where_the_numbers_are_the_same():
+    step, z = ISTA(8).eval(), normal(2, 5, 8).float()
+    with torch.no_grad():
+        step.dictionary.copy_(torch.eye(8) * 0.75)  # the same number in bfloat16 and in float32
+    step.bfloat16()
+    kept(step, z.bfloat16())
+    step.float()
+    torch.testing.assert_close(kept(step, z), two_products(step, z), rtol=1e-6, atol=1e-6)
+    assert step._fold.matrix.dtype == torch.float32
+
+
 def test_a_fold_is_kept_as_long_as_nothing_changes():
     step, z = solver(ISTA, 8, 8), normal(2, 5, 8)
     kept(step, z)

@@ -1,6 +1,7 @@
 """Small real runs on digits, what to do to them between two steps, and how to compare two of them."""
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pellucid.cli import main
 from pellucid.data import load_data
 from pellucid.errors import Stopped
 from pellucid.training import train
@@ -82,7 +84,7 @@ def in_child(body: Callable[[], Any]) -> tuple[int, str]:
 
 
 def fork(body: Callable[[], Any], output: int | None = None) -> int:
-    """A child that runs ``body`` and nothing after it; exits with what ``body`` returns, or 99 on an error."""
+    """A child that runs ``body`` and nothing after it; its exit code is what ``body`` returns, or 99."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -93,7 +95,9 @@ def fork(body: Callable[[], Any], output: int | None = None) -> int:
         where = os.open(os.devnull, os.O_WRONLY) if output is None else output
         os.dup2(where, 1)
         os.dup2(where, 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        sys.stdout, sys.stderr = (
+            io.TextIOWrapper(io.FileIO(number, "w", closefd=False)) for number in (1, 2)
+        )
         code = body() or 0
     except BaseException:
         traceback.print_exc()
@@ -101,6 +105,27 @@ def fork(body: Callable[[], Any], output: int | None = None) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def command(*arguments: str | Path) -> int:
+    """The exit code of the command line."""
+    return main([str(argument) for argument in arguments])
+
+
+def train_command(run: Path, *arguments: str, epochs: float = 2) -> int:
+    """``pellucid train digits`` with the options of SMALL."""
+    small = ["--model", "crate_digits", "--depth", "2", "--batch-size", "128", "--epochs", epochs]
+    return command("train", "digits", "--no-report", "--out", run, *small, *arguments)
+
+
+@pytest.fixture(name="command")
+def _command():
+    return command
+
+
+@pytest.fixture(name="train_command")
+def _train_command():
+    return train_command
 
 
 @pytest.fixture(name="in_child")

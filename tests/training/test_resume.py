@@ -88,9 +88,10 @@ def test_a_stop_between_micro_batches_waits_for_the_step(digits, tmp_path, diffe
             os.kill(os.getpid(), signal.SIGTERM)
         return losses(self, batch, micro)
 
-    with monkeypatch.context() as patch, pytest.raises(Stopped, match="saved step 7 of 11"):
+    with monkeypatch.context() as patch:
         patch.setattr(Learner, "losses", interrupted)
-        digits.train(tmp_path / "run", **options)
+        with pytest.raises(Stopped, match="saved step 7 of 11"):
+            digits.train(tmp_path / "run", **options)
     digits.train(tmp_path / "run", resume=True, **options)
     assert differences(tmp_path / "run", digits.reference(**options)) == []
 
@@ -139,7 +140,7 @@ def test_nothing_reads_the_global_random_state(digits, tmp_path, differences, be
 
     def poison():
         torch.manual_seed(torch.seed())
-        np.random.seed()
+        np.random.seed()  # noqa: NPY002
         random.seed()
 
     with between_steps(dict.fromkeys(range(1, 22), poison)):

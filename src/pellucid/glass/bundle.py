@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pellucid import __version__
 from pellucid.data import ImageData, View, eval_loader
+from pellucid.errors import ConfigError
 from pellucid.glass.feed import eval_view
 from pellucid.measure import attention_maps, audit, evaluate, predict
 from pellucid.models.crate import CRATE
@@ -38,8 +39,16 @@ def collect(
 
     Returns:
         A JSON-able dict; see ``docs/bundle.md`` for its fields.
+
+    Raises:
+        ConfigError: a run that learnt other classes than ``images`` has.
     """
     subject = runs[0]
+    for run in runs:
+        if list(run.model.pretrained_cfg["label_names"]) != images.class_names:
+            raise ConfigError(
+                f"{run.out} learnt other classes than those of {images.name} - give runs on the same data"
+            )
     return {
         "title": subject.out.name,
         "created": datetime.date.today().isoformat(),
@@ -58,7 +67,6 @@ def _model(run: Run, images: ImageData, progress: Progress) -> dict[str, Any]:
     progress(f"scoring {name}")
     scores = evaluate(model, eval_loader(images.test, view), images.class_names)
     progress(f"auditing {name}")
-    batches = eval_loader(images.test, view, batch_size=32, limit=AUDIT_IMAGES)
     return {
         "name": name,
         "label": label(model),
@@ -67,9 +75,18 @@ def _model(run: Run, images: ImageData, progress: Progress) -> dict[str, Any]:
         "facts": facts(model),
         "curves": _curves(run),
         "scores": scores.to_dict(),
-        "audit": audit(model, batches, data=images.name).to_dict(),
+        "audit": _audit(model, images, view),
         "attention": {"images": _attention(model, images, view)},
     }
+
+
+def _audit(model: nn.Module, images: ImageData, view: View) -> dict[str, Any] | None:
+    """None for a model without tokens, such as a ResNet."""
+    batches = eval_loader(images.test, view, batch_size=32, limit=AUDIT_IMAGES)
+    try:
+        return audit(model, batches, data=images.name).to_dict()
+    except ConfigError:
+        return None
 
 
 def label(model: nn.Module) -> str:
@@ -85,7 +102,9 @@ def label(model: nn.Module) -> str:
 
 def facts(model: Any) -> list[list[str]]:
     """The architecture in words and numbers."""
-    embed = getattr(model, "embed", None) or model.patch_embed
+    embed = _embedding(model)
+    if embed is None:
+        return [["width", str(model.num_features)]]
     rows, columns = embed.grid_size
     pooling = {"token": "class token", "avg": "mean of patches"}.get(model.global_pool, "none")
     common = [
@@ -136,7 +155,7 @@ def _attention(model: nn.Module, images: ImageData, view: View) -> list[dict[str
             "name": images.test.name(i),
             "label": images.class_names[int(labels[i])],
             "predicted": images.class_names[guesses[row]],
-            "grid": _grid(model, batch),
+            "grid": _grid(model, batch) if maps else None,
             "layers": [
                 {"layer": layer, "heads": [[round(v, 5) for v in head] for head in weights[row].tolist()]}
                 for layer, weights in maps.items()
@@ -146,8 +165,13 @@ def _attention(model: nn.Module, images: ImageData, view: View) -> list[dict[str
     ]
 
 
+def _embedding(model: Any) -> Any:
+    """What cuts pictures into patches; None in a model of another kind."""
+    return getattr(model, "embed", None) or getattr(model, "patch_embed", None)
+
+
 def _grid(model: Any, batch: Tensor) -> list[int]:
-    embed = getattr(model, "embed", None) or model.patch_embed
+    embed: Any = _embedding(model)
     return [side // patch for side, patch in zip(batch.shape[-2:], embed.patch_size, strict=True)]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from pellucid.measure.watch import Sighting, in_eval_mode, is_white_box, watch
 from pellucid.steps.mssa import AttentionStep
@@ -17,19 +17,23 @@ def attention_maps(model: Any, images: Float[Tensor, "b c h w"]) -> dict[int, Fl
     """For each layer (from 1) the weights with which every head of the class token reads the patches.
 
     Without a class token it is the mean over all tokens. Rows sum to what is left after class token and
-    registers. Layers that compress without attention are left out.
+    registers. Layers that compress without attention are left out, as are those with an attention of another
+    kind than timm's plain one.
     """
     prefix = getattr(model, "num_prefix_tokens", 0)
+    class_token = _has_class_token(model)
     maps: dict[int, Tensor] = {}
 
     def keep(layer: int, weights: Tensor) -> None:
-        reader = weights[:, :, 0] if prefix else weights.mean(-2)
+        reader = weights[:, :, 0] if class_token else weights.mean(-2)
         maps[layer] = reader[..., prefix:].cpu()
 
     def see(sighting: Sighting) -> None:
         record = sighting.record
         if record is not None and isinstance(record.step, AttentionStep):
             keep(sighting.layer, record.step.attention(record.z))
+
+    from timm.models.vision_transformer import Attention
 
     with in_eval_mode(model):
         if is_white_box(model):
@@ -40,7 +44,7 @@ def attention_maps(model: Any, images: Float[Tensor, "b c h w"]) -> dict[int, Fl
                 lambda module, args, layer=layer: keep(layer, _vit_attention(module, args[0]))
             )
             for layer, block in enumerate(getattr(model, "blocks", []), start=1)
-            if hasattr(getattr(block, "attn", None), "qkv")
+            if type(getattr(block, "attn", None)) is Attention
         ]
         try:
             model.forward_features(images)
@@ -50,10 +54,13 @@ def attention_maps(model: Any, images: Float[Tensor, "b c h w"]) -> dict[int, Fl
     return maps
 
 
+def _has_class_token(model: Any) -> bool:
+    home, name = (model.embed, "class_token") if hasattr(model, "embed") else (model, "cls_token")
+    return getattr(home, name, None) is not None
+
+
 def _vit_attention(attention: Any, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b K n n"]:
     """timm's attention weights, which its fused kernel does not form."""
     qkv = attention.qkv(tokens).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    identity = nn.Identity()
-    q = getattr(attention, "q_norm", identity)(qkv[0])
-    k = getattr(attention, "k_norm", identity)(qkv[1])
+    q, k = attention.q_norm(qkv[0]), attention.k_norm(qkv[1])
     return (q @ k.mT * attention.scale).softmax(-1)

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pellucid.errors import DataError
+from pellucid.errors import DataError, NumericsError
 from pellucid.measure.watch import Sighting, image_batches, in_eval_mode, is_white_box, watch
 from pellucid.objectives import coding_rate, nonzero_fraction
 from pellucid.steps import ISTA, Step, SubspaceStep
@@ -112,11 +112,17 @@ def audit(
     Raises:
         DataError: no images.
         ConfigError: a model that cannot be looked into.
+        NumericsError: tokens that are not finite, naming the step that made them.
     """
     device = next(model.parameters()).device
     looks: dict[tuple[int, str], _Look] = {}
 
     def see(sighting: Sighting) -> None:
+        if not bool(sighting.tokens.isfinite().all()):
+            raise NumericsError(
+                f"tokens hold NaN or infinity after layer {sighting.layer} {sighting.name} - "
+                f"look at the model's weights, and at the images' scale"
+            )
         looks.setdefault((sighting.layer, sighting.name), _Look(sighting)).add(sighting)
 
     samples = 0
@@ -255,7 +261,8 @@ def _failure(row: dict[str, Any]) -> str:
     change = f"{row['before']:.4g} -> {row['after']:.4g}"
     name, share = row["objective"], f"{row['descended']:.1%} of images"
     if row["after"] >= row["before"]:
-        return f"{where} raises {name} on average: {change}, falls on {share}"
+        verb = "raises" if row["after"] > row["before"] else "does not change"
+        return f"{where} {verb} {name} on average: {change}, falls on {share}"
     return f"{where} lowers {name} on average, {change}, but only on {share}"
 
 

@@ -44,6 +44,13 @@ DEFAULT_MODELS = ("crate_base_patch16_224", "crate_tiny_patch16_224")
 PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}
 """Rows and columns of the factors of the product that a machine is measured by: large enough to fill it."""
 
+KINKS = {"float32": 1e-3, "bfloat16": 0.2}
+"""How far a gradient may be from the exact one, in its norm, by the luck of rounding alone.
+
+A number near a ReLU's kink is rounded to either side, and one such in the class token moves every gradient
+behind it: the bfloat16 gradients of one model, in whichever form, are 0.015 or 0.1 from the exact ones.
+"""
+
 ROW_KEYS = (
     "model",
     "mode",
@@ -336,15 +343,14 @@ def _runner(
 def _check_equal(ours: CRATE, mode: str, dtype: str, images: Tensor, labels: Tensor) -> None:
     """Nothing is timed unless ours and the published arithmetic give one answer, and one gradient.
 
-    To 1e-9 of the norm in float64. In the precision to be timed no two orders of summation agree, and a
-    ReLU near its kink turns the last bit into a whole gradient; so there ours is held to the float64 answer,
-    and may not be much further from it than the published form is.
+    To 1e-9 of the norm in float64: this decides. In the precision to be timed no two orders of summation
+    agree, so there ours is held to the float64 answer, and may not be much further from it than the published
+    form is. Gradients are allowed KINKS besides.
     """
     exact, published = _answers(deepcopy(ours).double(), mode, "float64", images.double(), labels)
     errors = [(_distance(a, b), 1e-9) for a, b in zip(exact, published, strict=True)]
-    # Measured ratios are near 1 for logits and up to 2.5 for gradients, whose rounding is mostly chance.
-    rounded = zip((1.5, 4), *_answers(ours, mode, dtype, images, labels), exact, strict=False)
-    errors += [(_distance(a, truth), slack * _distance(b, truth) + 1e-3) for slack, a, b, truth in rounded]
+    rounded = zip((1e-3, KINKS[dtype]), *_answers(ours, mode, dtype, images, labels), exact, strict=False)
+    errors += [(_distance(a, truth), 1.5 * _distance(b, truth) + slack) for slack, a, b, truth in rounded]
     for error, allowed in errors:
         if not error <= allowed:
             raise NumericsError(

@@ -60,23 +60,28 @@ def evaluate(
     """Score a classifier on labelled batches ``(images, labels, ...)``.
 
     Raises:
-        DataError: no images, or a label that the model has no class for.
+        DataError: no images, a label that the model has no class for, or names for other classes.
     """
     device = next(model.parameters()).device
     true: list[Tensor] = []
     guessed: list[Tensor] = []
     with in_eval_mode(model), torch.no_grad():
         for batch in batches:
-            guessed.append(model(batch[0].to(device)).argmax(-1).cpu())
+            logits = model(batch[0].to(device))
+            guessed.append(logits.argmax(-1).cpu())
             true.append(batch[1].cpu())
             if progress is not None:
                 progress(len(batch[1]))
-    if not true:
+    if not any(map(len, true)):
         raise DataError("no images to evaluate - give at least one batch")
     labels, predictions = torch.cat(true).numpy(), torch.cat(guessed).numpy()
-    names = list(class_names or map(str, range(_num_classes(model, labels))))
-    if labels.max() >= len(names):
-        raise DataError(f"a label is {labels.max()}, the model has {len(names)} classes")
+    known = logits.shape[-1]
+    names = list(class_names or map(str, range(known)))
+    if len(names) != known:
+        raise DataError(f"{len(names)} class names, the model has {known} classes - name each of them")
+    for label in (labels.min(), labels.max()):
+        if not 0 <= label < known:
+            raise DataError(f"a label is {label}, the model has {known} classes")
     confusion = np.zeros((len(names), len(names)), dtype=np.int64)
     np.add.at(confusion, (labels, predictions), 1)
     right = int(np.trace(confusion))
@@ -116,7 +121,3 @@ def _class_row(confusion: np.ndarray, i: int, name: str) -> dict[str, Any]:
         "recall": right / true if true else None,
         "f1": 2 * right / (true + guessed) if true + guessed else None,
     }
-
-
-def _num_classes(model: nn.Module, labels: np.ndarray) -> int:
-    return int(getattr(model, "num_classes", labels.max() + 1))

@@ -47,20 +47,33 @@ def watch(model: Any, images: Tensor, see: Callable[[Sighting], None]) -> Tensor
         return model.forward_features(images, on_step=lambda r: see(Sighting(r.layer, r.name, r.z_next, r)))
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, nn.Sequential | nn.ModuleList):
-        raise ConfigError(
-            f"cannot look inside {type(model).__name__}: it has neither white-box steps nor transformer "
-            f"blocks - take CRATE or a timm ViT"
-        )
+        raise _opaque(model)
+
+    def see_tokens(sighting: Sighting) -> None:
+        if not isinstance(sighting.tokens, Tensor) or sighting.tokens.dim() != 3:
+            raise _opaque(model)
+        see(sighting)
+
     with ExitStack() as hooks:
         for layer, block in enumerate(blocks, start=1):
-            for hook in _block_hooks(layer, block, see):
+            for hook in _block_hooks(layer, block, see_tokens):
                 hooks.callback(hook.remove)
         return model.forward_features(images)
 
 
+def _opaque(model: Any) -> ConfigError:
+    return ConfigError(
+        f"cannot look inside {type(model).__name__}: it has neither white-box steps nor transformer "
+        f"blocks - take CRATE or a timm ViT"
+    )
+
+
 def _block_hooks(layer: int, block: Any, see: Callable[[Sighting], None]) -> Iterator[Any]:
-    """After attention the tokens are what the second norm receives; after the MLP, what the block returns."""
-    if hasattr(block, "norm2"):
+    """After attention the tokens are what the second norm receives; after the MLP, what the block returns.
+
+    timm's blocks that normalise behind the residual branch give ``norm2`` the MLP's output, not the tokens.
+    """
+    if hasattr(block, "norm2") and not type(block).__name__.startswith("ResPost"):
         yield block.norm2.register_forward_pre_hook(
             lambda module, args: see(Sighting(layer, "attention", args[0]))
         )
@@ -81,9 +94,10 @@ def image_batches(batches: Iterable[Any], device: torch.device, limit: int | Non
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
-    finally:
-        model.train(training)
+    finally:  # module by module: a part that was frozen in eval mode stays so
+        for module in training:
+            module.training = True

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from timm.layers import resample_abs_pos_embed, to_2tuple
 from torch import Tensor, nn
 
-Size = int | tuple[int, int]
+Size = int | tuple[int, int] | list[int]  # a list: as JSON and YAML give a pair back
 StemName = Literal["linear", "conv"]
 
 

@@ -104,7 +104,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_matched(model: nn.Module, state: Mapping[str, Tensor], where: str = "the weights") -> None:
-    """Load a state dict whose every key and shape fits, or list all that do not."""
+    """Load a state dict whose every key, shape and kind of number fits, or list all that do not."""
     expected = model.state_dict()
     missing = sorted(expected.keys() - state.keys())
     unexpected = sorted(state.keys() - expected.keys())
@@ -113,10 +113,20 @@ def load_matched(model: nn.Module, state: Mapping[str, Tensor], where: str = "th
         for key in sorted(expected.keys() & state.keys())
         if state[key].shape != expected[key].shape
     ]
-    if missing or unexpected or shapes:
+    kinds = [
+        f"{key} is {str(state[key].dtype).removeprefix('torch.')}, expected real numbers"
+        for key in sorted(expected.keys() & state.keys())
+        if expected[key].is_floating_point() and not state[key].is_floating_point()
+    ]
+    if missing or unexpected or shapes or kinds:
         lines = [
             f"{title} ({len(items)}): {', '.join(items[:5])}{', ...' if len(items) > 5 else ''}"
-            for title, items in (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes))
+            for title, items in (
+                ("missing", missing),
+                ("unexpected", unexpected),
+                ("wrong shape", shapes),
+                ("wrong type", kinds),
+            )
             if items
         ]
         raise CheckpointError(f"{where}: do not fit the model\n" + "\n".join(lines))
@@ -151,7 +161,7 @@ def copy_weights(model: nn.Module, path: str | os.PathLike[str], *, new_head: bo
     if new_head:
         theirs |= {key: ours[key] for key in names}
     for key in names:
-        if key in theirs and theirs[key].shape != ours[key].shape:
+        if key in theirs and theirs[key].shape[:1] != ours[key].shape[:1] and theirs[key].dim():
             raise CheckpointError(
                 f"{path} knows {len(theirs[key])} classes, the data has {len(ours[key])} - give --new-head "
                 f"to learn a fresh classifier, or train on data with the same classes"

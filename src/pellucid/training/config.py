@@ -101,6 +101,8 @@ class TrainConfig:
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{key} is {value}; it must be finite")
             setattr(self, key, value)
+        # YAML knows lists only, and a run is compared with what was written of it.
+        self.model_args = {k: list(v) if isinstance(v, tuple) else v for k, v in self.model_args.items()}
         for key in ("epochs", "batch_size", "accumulate", "lr", "matrix_lr"):
             if not getattr(self, key) > 0:
                 raise ConfigError(f"{key} is {getattr(self, key)}; it must be larger than 0")
@@ -133,10 +135,10 @@ def read_config(path: str | Path) -> dict[str, Any]:
         ConfigError: not there, not YAML, or not a mapping.
     """
     try:
-        options = yaml.safe_load(Path(path).read_text())
+        options = yaml.safe_load(Path(path).read_text("utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read config {path} ({error.strerror})") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(options, dict):
         raise ConfigError(f"{path} holds no options; expected lines such as 'epochs: 80'")
