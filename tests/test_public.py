@@ -19,7 +19,7 @@ def test_every_public_name_resolves():
 
 def test_from_training_to_audit(tmp_path):
     out = tmp_path / "x"
-    options = {"objective": "supervised", "seed": 0, "epochs": 1, "batch_size": 128}
+    options = {"objective": "supervised", "seed": 0, "epochs": 2, "batch_size": 128}
     run = pellucid.train(
         "digits", model="crate_digits", out=out, progress=False, model_args={"patch_size": 2}, **options
     )
@@ -34,6 +34,11 @@ def test_from_training_to_audit(tmp_path):
     assert audit.rows[0]["layer"] == 1
     assert audit.rows[0]["step"] == "compress"
     assert audit.rows[0]["objective"] == "R^c(Z | U)"
+    assert [row["layer"] for row in audit.rows] == [1, 1, 2, 2, 3, 3, 4, 4]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    again = pellucid.audit(model, pellucid.batches(model, images.test, limit=64))
+    assert again.rows == audit.rows
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
     audit.to_json(tmp_path / "audit.json")
     assert json.loads((tmp_path / "audit.json").read_text())["rows"] == audit.rows
 
@@ -43,7 +48,9 @@ def test_the_same_names_work_in_timm():
     other = timm.create_model("crate_tiny_patch16_224", num_classes=10)
     other.load_state_dict(model.state_dict())
     images = torch.randn(1, 3, 224, 224)
+    assert sum(p.numel() for p in timm.create_model("crate_tiny_patch16_224").parameters()) == 6_091_048
     with torch.no_grad():
+        assert model(images).shape == (1, 10)
         torch.testing.assert_close(model.eval()(images), other.eval()(images))
 
 

@@ -3,16 +3,34 @@
 import json
 
 import pytest
+import timm
 import torch
+from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 from torch.nn import functional as F
 
 import pellucid
-from pellucid.errors import ConfigError, DataError
-from pellucid.measure.audit import ROW_KEYS, audit, coherence, singular_values
+from pellucid.errors import ConfigError, DataError, NumericsError
+from pellucid.measure.audit import ROW_KEYS, audit, coherence, singular_values, verdict
 from pellucid.models import CRATE, create_model
 from pellucid.objectives import coding_rate
-from pellucid.steps import ISTA, MSSA
+from pellucid.steps import ISTA, MSSA, ExactCompression, unroll
+
+
+class Bare(nn.Module):
+    """Steps and nothing else: what it is given are the tokens."""
+
+    def __init__(self, *steps):
+        super().__init__()
+        self.layers = nn.ModuleList(steps)
+
+    def forward_features(self, tokens, on_step=None):
+        return unroll(self.layers, tokens, on_step=on_step)
+
+
+def seen_without_moving(tokens):
+    """The audit's row of exactly these tokens."""
+    return audit(Bare(MSSA(tokens.shape[-1], 1, step_size=0.0)), [tokens]).rows[0]
 
 
 def small(**options):
@@ -52,8 +70,40 @@ def test_rows_are_what_the_records_give_by_hand(compression):
 
 def test_a_step_of_no_length_has_not_descended():
     model = small(compress_step_size=0.0)
-    rows = [row for row in audit(model, [images()]).rows if row["step"] == "compress"]
+    result = audit(model, [images()])
+    rows = [row for row in result.rows if row["step"] == "compress"]
     assert [row["descended"] for row in rows] == [0.0, 0.0]
+    assert [row["before"] for row in rows] == [row["after"] for row in rows]
+    assert "layer 1 compress does not change R^c(Z | U)" in result.verdict["details"][0]
+
+
+def test_half_of_the_images_is_not_enough():
+    tokens = torch.randn(6, 5, 8).abs()
+    tokens[::2] = 0  # a zero code has nowhere to go
+    result = audit(Bare(ISTA(8, step_size=0.2, sparsity=0.1)), [tokens])
+    row = result.rows[0]
+    assert row["descended"] == 0.5
+    assert row["after"] < row["before"]
+    assert result.verdict["descends"] is False
+    assert result.verdict["text"] == "0 of 1 steps lower their objective on at least 99% of the images."
+    assert result.verdict["details"] == [
+        f"layer 1 ista lowers LASSO on average, {row['before']:.4g} -> {row['after']:.4g}, "
+        f"but only on 50.0% of images"
+    ]
+
+
+def test_the_bound_of_an_exact_step_knows_the_number_of_tokens():
+    step = ExactCompression(8, 2, eps=0.5)
+    row = audit(Bare(step), [torch.randn(4, 6, 8)]).rows[0]
+    assert row["max_step_size"] == pytest.approx(step.max_step_size(6))
+    assert row["max_step_size"] != pytest.approx(step.max_step_size(7))
+
+
+@pytest.mark.parametrize(("descended", "descends"), [(0.99, True), (0.9899, False)])
+def test_the_share_that_a_verdict_asks_for(descended, descends):
+    row = dict.fromkeys(ROW_KEYS) | {"layer": 3, "step": "compress", "objective": "R^c(Z | U)"}
+    row |= {"before": 2.0, "after": 1.0, "descended": descended, "step_size": 1.0}
+    assert verdict([row])["descends"] is descends
 
 
 def test_a_dictionary_grown_past_the_bound_is_named():
@@ -88,11 +138,34 @@ def test_tokens_of_known_rank_and_one_long_token():
     assert ((values > 0.01 * values[:, :1]).sum(-1) == 4).all()
     torch.testing.assert_close(values[:, :4], torch.linalg.svdvals(tokens)[:, :4], rtol=1e-3, atol=1e-3)
 
-    model = small().eval()
-    with torch.no_grad():
-        model.embed.pos_embed[:, 5] *= 1000
-    first = audit(model, [images()]).rows[0]
-    assert first["outliers"] == pytest.approx(1 / 17)
+    assert seen_without_moving(tokens)["rank"] == 4
+
+    tokens = F.normalize(torch.randn(3, 20, 16), dim=-1)
+    assert seen_without_moving(tokens)["outliers"] == 0
+    tokens[:, 7] *= 10
+    assert seen_without_moving(tokens)["outliers"] == pytest.approx(1 / 20)
+    tokens[0, 7] /= 10
+    assert seen_without_moving(tokens)["outliers"] == pytest.approx(2 / 60)
+
+
+def test_a_planted_share_of_zeros():
+    tokens = torch.rand(2, 10, 8) + 0.5
+    tokens[..., :2] = 0
+    tokens[0, :5] = 0
+    assert seen_without_moving(tokens)["nonzero"] == pytest.approx((0.75 / 2 + 0.75) / 2)
+
+
+def test_spectra_and_norms_are_of_the_same_tokens():
+    tokens = torch.randn(5, 9, 16)
+    result = audit(Bare(MSSA(16, 2, step_size=0.0)), [tokens[:2], tokens[2:]])
+    values = torch.tensor(result.spectra[0]["singular_values"])
+    torch.testing.assert_close(values, torch.linalg.svdvals(tokens).mean(0), rtol=1e-3, atol=1e-3)
+    histogram = result.norms[0]
+    assert sum(histogram["counts"]) == 5 * 9
+    assert len(histogram["edges"]) == len(histogram["counts"]) + 1
+    middle = tokens.norm(dim=-1)
+    below = (middle < middle.median(-1, keepdim=True).values * histogram["edges"][12]).sum()
+    assert sum(histogram["counts"][:12]) == below
 
 
 def test_coherence_of_planted_subspaces():
@@ -112,9 +185,16 @@ def test_coherence_of_planted_subspaces():
 
 def test_the_published_layer_wise_measure(recorded):
     file = recorded("coding_rate_measure")
-    rates = coding_rate(F.normalize(file["projected"], dim=-1), eps=0.1).sum(1)
-    torch.testing.assert_close(rates.mean(), file["mean"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(rates.std(), file["std"], rtol=1e-3, atol=1e-4)
+    heads, width = file["projected"].shape[1], file["projected"].shape[-1]
+    step = MSSA(heads * width, heads, step_size=0.0)
+    with torch.no_grad():  # the identity: coordinates in the subspaces are the tokens' own
+        step.subspaces.weight.copy_(torch.eye(heads * width))
+    tokens = file["projected"].transpose(1, 2).flatten(2).float()
+    rates = step.objective(tokens, tokens)
+    torch.testing.assert_close(rates.mean(), file["mean"].float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rates.std(), file["std"].float(), rtol=1e-3, atol=1e-4)
+    row = audit(Bare(step), list(tokens.split(1))).rows[0]
+    assert row["before"] == pytest.approx(file["mean"].item(), rel=1e-5)
 
 
 def test_an_attention_step_is_measured_by_that_protocol():
@@ -148,8 +228,65 @@ def test_vit_tokens_are_those_of_its_own_forward():
     assert result.rows[-1]["coding_rate"] == pytest.approx(rate, rel=1e-4)
 
 
+def registered_vit(**options):
+    sizes = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3, "reg_tokens": 4}
+    return timm.create_model("vit_tiny_patch16_224", pretrained=False, **{**sizes, **options})
+
+
+def test_a_stock_vit_with_registers_is_seen_between_its_halves():
+    model, batch = registered_vit().eval(), torch.randn(3, 3, 32, 32)
+    rows = audit(model, [batch]).rows
+    assert [(row["layer"], row["step"]) for row in rows] == [
+        (1, "attention"),
+        (1, "mlp"),
+        (2, "attention"),
+        (2, "mlp"),
+    ]
+    assert {row["step_size"] for row in rows} == {row["max_step_size"] for row in rows} == {None}
+    with torch.no_grad():
+        z = model.patch_embed(batch)
+        z = model.norm_pre(model.patch_drop(model._pos_embed(z)))
+        assert z.shape[1] == 16 + 1 + 4
+        by_hand = []
+        for block in model.blocks:
+            z = z + block.attn(block.norm1(z))
+            by_hand.append(z)
+            z = z + block.mlp(block.norm2(z))
+            by_hand.append(z)
+    for row, tokens in zip(rows, by_hand, strict=True):
+        rate = coding_rate(F.normalize(tokens, dim=-1), 0.1).mean().item()
+        assert row["coding_rate"] == pytest.approx(rate, rel=1e-4)
+
+
+def test_blocks_that_normalise_last_show_no_tokens_in_between():
+    rows = audit(registered_vit(block_fn=ResPostBlock), [torch.randn(2, 3, 32, 32)]).rows
+    assert [(row["layer"], row["step"]) for row in rows] == [(1, "mlp"), (2, "mlp")]
+
+
+def test_nothing_is_left_hanging_on_a_vit():
+    model = registered_vit().train()
+    model.norm.eval()  # frozen on purpose
+    state = torch.get_rng_state()
+    audit(model, [torch.randn(2, 3, 32, 32, generator=torch.Generator())])
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(AssertionError):
+        audit(model, [torch.randn(2, 3, 31, 31, generator=torch.Generator())])
+    assert model.training
+    assert model.blocks.training
+    assert not model.norm.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_tokens_that_are_not_finite_are_traced_to_their_step():
+    model = small()
+    with torch.no_grad():
+        model.layers[1]["compress"].subspaces.weight[0, 0] = torch.nan
+    with pytest.raises(NumericsError, match="NaN or infinity after layer 2 compress"):
+        audit(model, [images()])
+
+
 def test_nothing_about_the_model_changes():
-    model = small().train()
+    model = small(drop_rate=0.5).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
     audit(model, [images()])
@@ -170,6 +307,9 @@ def test_batches_do_not_matter_and_the_limit_holds():
     seen = []
     audit(model, [images()[:4], images()[4:]], progress=seen.append)
     assert seen == [4, 8]
+    kept = audit(model, [images()[:7]])
+    limited = audit(model, iter([[images()[:5], labels[:5]], images(0), images()[5:], None]), limit=7)
+    assert [row["after"] for row in limited.rows] == pytest.approx([row["after"] for row in kept.rows])
 
 
 def test_json_holds_everything(tmp_path):
@@ -183,7 +323,12 @@ def test_json_holds_everything(tmp_path):
 
 
 def test_what_cannot_be_audited_says_so():
-    with pytest.raises(DataError, match="no images"):
-        audit(small(), [])
+    for empty in ([], [images(0)]):
+        with pytest.raises(DataError, match="no images"):
+            audit(small(), empty)
+    for name in ("test_resnet", "test_efficientnet"):
+        model = timm.create_model(name, pretrained=False, in_chans=1)
+        with pytest.raises(ConfigError, match=f"cannot look inside {type(model).__name__}.* - take CRATE"):
+            audit(model, [torch.randn(1, 1, 64, 64)])
     with pytest.raises(ConfigError, match="cannot look inside Sequential"):
         audit(nn.Sequential(nn.Conv2d(1, 2, 3)), [images()])

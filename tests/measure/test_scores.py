@@ -66,8 +66,44 @@ def test_wilson_interval_covers():
 def test_wrong_input():
     with pytest.raises(DataError, match="no images"):
         evaluate(Told(3), [])
-    with pytest.raises(DataError, match="a label is 4, the model has 3 classes"):
-        evaluate(Told(3), [batch([0], [4])])
+    with pytest.raises(DataError, match="no images"):
+        evaluate(Told(3), [batch([], torch.zeros(0, dtype=torch.long))])
+    for label in (3, 4, -1):
+        with pytest.raises(DataError, match=f"a label is {label}, the model has 3 classes"):
+            evaluate(Told(3), [batch([0, 1], [1, label])])
+    with pytest.raises(DataError, match="2 class names, the model has 3 classes"):
+        evaluate(Told(3), [batch([0], [0])], ["cat", "dog"])
+    with pytest.raises(DataError, match="4 class names, the model has 3 classes"):
+        evaluate(Told(3), [batch([0], [0])], "abcd")
+
+
+def test_a_model_is_scored_as_it_is_used_and_left_as_it_was():
+    model = nn.Sequential(nn.Dropout(0.9), Told(4)).train()
+    model[1].eval()
+    seen = []
+    scores = evaluate(model, [(*batch([3, 1], [3, 1]), torch.arange(2))], progress=seen.append)
+    assert scores.accuracy == 1
+    assert seen == [2]
+    assert model.training
+    assert model[0].training
+    assert not model[1].training
+
+
+def test_confidence_widens_the_interval():
+    batches = [batch([0, 1, 1, 0, 1, 1], [0, 1, 1, 0, 1, 0])]
+    narrow, wide = (evaluate(Told(2), batches, confidence=share) for share in (0.8, 0.99))
+    assert narrow.confidence == 0.8
+    assert wide.interval[0] < narrow.interval[0] < 5 / 6 < narrow.interval[1] < wide.interval[1]
+    assert wide.interval == pytest.approx(wilson_interval(5, 6, 0.99))
+
+
+def test_the_table_shows_what_is_undefined():
+    lines = evaluate(Told(3), [batch([0, 0], [0, 1])], ["cat", "a long name", "eel"]).table().splitlines()
+    assert lines[0].split() == ["class", "images", "precision", "recall", "f1"]
+    assert lines[1].split() == ["cat", "1", "50.0%", "100.0%", "66.7%"]
+    assert lines[2].split() == ["a", "long", "name", "1", "-", "0.0%", "0.0%"]
+    assert lines[3].split() == ["eel", "0", "-", "-", "-"]
+    assert len({len(line) for line in lines}) == 1
 
 
 def test_predictions_are_chances():

@@ -1,5 +1,6 @@
 """Two processes that train one model."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -32,10 +33,8 @@ def finish(program, timeout=240):
     try:
         output, error = program.communicate(timeout=timeout)
     finally:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(program.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     return program.returncode, output, error
 
 

@@ -85,11 +85,12 @@ def image_batches(batches: Iterable[Any], device: torch.device, limit: int | Non
     seen = 0
     for batch in batches:
         images = batch[0] if isinstance(batch, tuple | list) else batch
-        images = images if limit is None else images[: limit - seen]
-        if len(images) == 0:
-            return
+        images = images if limit is None else images[: max(0, limit - seen)]
         seen += len(images)
-        yield images.to(device)
+        if len(images):
+            yield images.to(device)
+        if limit is not None and seen >= limit:
+            return
 
 
 @contextmanager
