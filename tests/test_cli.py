@@ -437,20 +437,17 @@ def test_what_cannot_be_built_costs_no_earlier_run(run, tmp_path, capsys):
     assert contents(run) == before
 
 
-@pytest.mark.xfail(strict=True, reason="describe_model writes global_pool as it is; a ResNet's is a module")
 def test_any_timm_model_is_trained_and_reported(photos, tmp_path, capsys):
     argv = ["train", photos, "--model", "test_resnet", "--epochs", "1", "--batch-size", "12"]
     assert main([str(word) for word in [*argv, "--out", tmp_path / "run"]]) == 0
     assert "ResNet" in (tmp_path / "run" / "report.html").read_text()
 
 
-@pytest.mark.xfail(strict=True, reason="lightning's own errors pass through fit_lightning")
 def test_a_device_that_is_not_there(tmp_path, capsys):
     argv = ["train", "digits", *TINY, "--epochs", "1", "--out", tmp_path / "x"]
     refused(capsys, [*argv, "--accelerator", "banana"], "banana")
 
 
-@pytest.mark.xfail(strict=True, reason="create_model lists every ViT of timm")
 def test_a_name_like_no_other_gets_a_short_answer(capsys):
     refused(capsys, ["audit", "nomodel", "digits"], "unknown model 'nomodel'", "crate_digits")
 

@@ -38,13 +38,14 @@ class Stopped(PellucidError):
     exit_code = 75
 
 
-def suggest(given: str, known: Iterable[str]) -> str:
-    """``" - did you mean 'x'?"`` for the nearest known name, or the list of names when none is near."""
+def suggest(given: str, known: Iterable[str], listed: Iterable[str] | None = None) -> str:
+    """``" - did you mean 'x'?"`` for the nearest known name; if none is near, ``listed`` or all of them."""
     known = sorted(known)
+    listed = known if listed is None else sorted(listed)
     best = max(known, key=lambda name: _likeness(given, name), default="")
     if best and _likeness(given, best) >= 0.6:
         return f" - did you mean '{best}'?"
-    return f" - known: {', '.join(known)}" if known else ""
+    return f" - known: {', '.join(listed)}" if listed else ""
 
 
 def _likeness(given: str, name: str) -> float:

@@ -176,7 +176,7 @@ def test_a_config_that_lacks_something(small, tmp_path, key):
 
 
 @pytest.mark.parametrize(
-    "name", ["crate_digit", "os.system", "hf-hub:someone/something", "local-dir:/tmp", 3, ["a"]]
+    "name", ["crate_digit", "os.system", "hf-hub:someone/something", "local-dir:elsewhere", 3, ["a"]]
 )
 def test_an_unknown_architecture(small, tmp_path, name):
     refused(edit(small, tmp_path, architecture=name), "unknown architecture '")
@@ -193,7 +193,7 @@ def test_an_unknown_architecture_suggests(small, tmp_path):
         {"pretrained": True},
         {"pretrained_cfg": {"file": "evil.pth"}},
         {"pretrained_cfg_overlay": {"file": "evil.pth"}},
-        {"cache_dir": "/tmp"},
+        {"cache_dir": "elsewhere"},
         {"name": "vit_tiny_patch16_224"},
     ],
 )

@@ -33,7 +33,7 @@ def create_model(name: str, *, pretrained: bool = False, **model_args: Any) -> n
     """
     if not timm.is_model(name):
         ours = list_models()
-        raise ConfigError(f"unknown model '{name}'{suggest(name, ours + timm.list_models('vit_*'))}")
+        raise ConfigError(f"unknown model '{name}'{suggest(name, ours + timm.list_models('vit_*'), ours)}")
     if pretrained and name in list_models():
         raise ConfigError(f"no published weights for {name} yet - leave out pretrained, or train it")
     check_model_args(name, model_args)

@@ -58,7 +58,7 @@ def describe_model(
         "architecture": model.architecture,
         "num_classes": len(class_names),
         "num_features": model.num_features,
-        "global_pool": model.global_pool,
+        "global_pool": model.global_pool if isinstance(model.global_pool, str) else "avg",
         "model_args": {**arguments, "in_chans": in_chans},
         "label_names": list(class_names),
         "pretrained_cfg": cfg,

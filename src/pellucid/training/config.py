@@ -18,6 +18,7 @@ from pellucid.errors import ConfigError, suggest
 Augment = Literal["auto", "none", "small", "photo"]
 Precision = Literal["32", "bf16"]
 Engine = Literal["lightning", "plain"]
+Accelerator = Literal["auto", "cpu", "gpu", "cuda", "mps"]
 
 FREE = {"out", "workers", "threads", "save_every", "download", "data_root", "engine"}
 FREE |= {"accelerator", "devices", "nodes"}
@@ -90,7 +91,7 @@ class TrainConfig:
     data_root: str | None = None
     threads: int = 0
     engine: Engine = "lightning"
-    accelerator: str = "auto"
+    accelerator: Accelerator = "auto"
     devices: int | str = 1
     nodes: int = 1
 

@@ -6,13 +6,16 @@ import logging
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from pellucid.errors import ConfigError
 from pellucid.training.learner import Learner
 
 Batch = tuple[Tensor, ...]
@@ -73,7 +76,7 @@ def fit_lightning(
         make_batches: ``(rank, world) -> micro-batches`` of that rank.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _plainly():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
         trainer = lightning.Trainer(
@@ -90,6 +93,17 @@ def fit_lightning(
             num_sanity_val_steps=0,
         )
         trainer.fit(_Module(learner, make_batches, after_step, accumulate))
+
+
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """What lightning refuses, such as a device that is not there, in our words."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise ConfigError(
+            f"{' '.join(str(error).split())} - see --accelerator, --devices, --nodes"
+        ) from error
 
 
 class _Module(lightning.LightningModule):
