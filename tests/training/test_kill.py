@@ -53,7 +53,8 @@ def check(run, digits, differences, **options):
     assert differences(run, digits.reference(**options)) == []
     left = [path.name for path in run.rglob(".*")]
     assert left == []
-    assert len(list((run / "checkpoints").iterdir())) == 2
+    # Three where the last kill fell between the last save and its pruning.
+    assert len(list((run / "checkpoints").iterdir())) in (2, 3)
 
 
 @pytest.mark.parametrize(
