@@ -9,7 +9,22 @@ import torch
 from torch import nn
 
 import pellucid.steps
-from pellucid.steps import ISTA, MSSA, ExactCompression, SoftISTA, Step, UntiedMSSA
+from pellucid.steps import (
+    ISTA,
+    MHSA,
+    MLP,
+    MSSA,
+    TSSA,
+    BlackBox,
+    Decompression,
+    ExactCompression,
+    OvercompleteISTA,
+    SoftISTA,
+    Step,
+    Synthesis,
+    UntiedMSSA,
+    UntiedTSSA,
+)
 
 DIM = 6
 
@@ -20,6 +35,13 @@ MAKE = {
     MSSA: lambda **kw: MSSA(DIM, 2, **kw),
     UntiedMSSA: lambda **kw: UntiedMSSA(DIM, 2, **kw),
     ExactCompression: lambda **kw: ExactCompression(DIM, 2, **kw),
+    Decompression: lambda **kw: Decompression(DIM, 2, **kw),
+    TSSA: lambda **kw: TSSA(DIM, 2, eps=0.5, **kw),
+    UntiedTSSA: lambda **kw: UntiedTSSA(DIM, 2, layer_scale=0.5, **kw),
+    OvercompleteISTA: lambda **kw: OvercompleteISTA(DIM, **kw),
+    Synthesis: lambda **kw: Synthesis(DIM, **kw),
+    MHSA: lambda **kw: MHSA(DIM, 2, **kw),
+    MLP: lambda **kw: MLP(DIM, **kw),
 }
 
 

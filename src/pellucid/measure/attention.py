@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pellucid.measure.watch import Sighting, in_eval_mode, is_white_box, watch
+from pellucid.measure.watch import Sighting, has_steps, in_eval_mode, watch
+from pellucid.steps import MHSA, TSSA
 from pellucid.steps.mssa import AttentionStep
 
 
@@ -17,10 +18,11 @@ def attention_maps(model: Any, images: Float[Tensor, "b c h w"]) -> dict[int, Fl
     """For each layer (from 1) the weights with which every head of the class token reads the patches.
 
     Without a class token it is the mean over all tokens. Rows sum to what is left after class token and
-    registers. Layers that compress without attention are left out, as are those with an attention of another
-    kind than timm's plain one.
+    registers. ToST compares no tokens: for it, the share of each token that belongs to each head. Layers
+    that compress without attention are left out, as are those with an attention of another kind than timm's
+    plain one.
     """
-    prefix = getattr(model, "num_prefix_tokens", 0)
+    prefix = getattr(getattr(model, "embed", model), "num_prefix_tokens", 0)
     class_token = _has_class_token(model)
     maps: dict[int, Tensor] = {}
 
@@ -30,13 +32,18 @@ def attention_maps(model: Any, images: Float[Tensor, "b c h w"]) -> dict[int, Fl
 
     def see(sighting: Sighting) -> None:
         record = sighting.record
-        if record is not None and isinstance(record.step, AttentionStep):
-            keep(sighting.layer, record.step.attention(record.z))
+        if record is None:
+            return
+        step = record.step
+        if isinstance(step, AttentionStep | MHSA):
+            keep(sighting.layer, step.attention(record.z))
+        elif isinstance(step, TSSA):
+            maps[sighting.layer] = step.membership(step.project(record.z))[..., prefix:].cpu()
 
     from timm.models.vision_transformer import Attention
 
     with in_eval_mode(model):
-        if is_white_box(model):
+        if has_steps(model):
             watch(model, images, see)
             return maps
         hooks = [

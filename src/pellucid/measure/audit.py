@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from pellucid.errors import DataError, NumericsError
 from pellucid.measure.watch import Sighting, image_batches, in_eval_mode, is_white_box, watch
 from pellucid.objectives import coding_rate, nonzero_fraction
-from pellucid.steps import ISTA, Step, SubspaceStep
+from pellucid.steps import ISTA, OvercompleteISTA, Step, SubspaceStep
 
 RATE_EPS = 0.1
 """Distortion of the coding rate of unit tokens, as in the authors' own layer-wise plots (eps^2 = 0.01)."""
@@ -170,7 +170,8 @@ class _Look:
 
     def __init__(self, first: Sighting) -> None:
         self.layer, self.name = first.layer, first.name
-        self.step: Step | None = first.record.step if first.record is not None else None
+        record = first.record
+        self.step: Step | None = record.step if record is not None and record.step.objective_name else None
         self.num_tokens = first.tokens.shape[-2]
         self.values: dict[str, list[Tensor]] = {}
         self.norms: list[Tensor] = []
@@ -179,9 +180,10 @@ class _Look:
     def add(self, sighting: Sighting) -> None:
         tokens = sighting.tokens.float()
         record = sighting.record
-        if record is not None:
-            self._keep("before", record.step.objective(record.z, record.z, record.x))
-            self._keep("after", record.step.objective(record.z_next, record.z, record.x))
+        if record is not None and self.step is not None:
+            before, after = self.step.before_and_after(record.z, record.z_next, record.x)
+            self._keep("before", before)
+            self._keep("after", after)
         singular = singular_values(tokens)
         norms = tokens.norm(dim=-1)
         relative = norms / norms.median(-1, keepdim=True).values.clamp_min(1e-12)
@@ -246,7 +248,7 @@ def coherence(step: Step) -> float | None:
             bases = torch.linalg.qr(step.U.float()).Q
             cosines = torch.einsum("jdp,kdq->jkpq", bases, bases)
             largest = torch.linalg.matrix_norm(cosines, 2)
-        elif isinstance(step, ISTA):
+        elif isinstance(step, ISTA | OvercompleteISTA):
             atoms = F.normalize(step.dictionary.float(), dim=0)
             largest = (atoms.mT @ atoms).abs()
         else:

@@ -167,7 +167,7 @@ def bench(
 def _measure(
     ours: CRATE, mode: str, dtype: str, batch_size: int, rounds: int, seconds: float
 ) -> dict[str, Any]:
-    device = ours.embed.pos_embed.device
+    device = next(ours.parameters()).device
     images = torch.randn(batch_size, _in_chans(ours), *ours.embed.img_size, device=device)
     labels = torch.arange(batch_size, device=device) % ours.num_classes
     vit = _vit_like(ours).to(device)
@@ -250,7 +250,7 @@ def executed_flop(model: CRATE, batch_size: int, mode: str, dtype: str = "float3
     patches = model.embed.grid_size[0] * model.embed.grid_size[1]
     stem = 2 * batch_size * patches * _patch_matrix(model).numel()
     head = 2 * batch_size * d * model.num_classes
-    on_cpu = model.embed.pos_embed.device.type == "cpu"
+    on_cpu = next(model.parameters()).device.type == "cpu"
     training = mode == "training"
     formed = training and on_cpu and dtype == "bfloat16" and n <= 512
     total = stem * (2 if training else 1) + head * (3 if training else 1)

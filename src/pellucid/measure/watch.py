@@ -31,9 +31,14 @@ class Sighting:
     record: StepRecord | None = None
 
 
-def is_white_box(model: nn.Module) -> bool:
-    """Whether the model is made of steps that state an objective."""
+def has_steps(model: nn.Module) -> bool:
+    """Whether the model is made of steps, white or black."""
     return any(isinstance(module, Step) for module in model.modules())
+
+
+def is_white_box(model: nn.Module) -> bool:
+    """Whether some step of the model states an objective."""
+    return any(isinstance(m, Step) and m.objective_name is not None for m in model.modules())
 
 
 @torch.no_grad()
@@ -43,7 +48,7 @@ def watch(model: Any, images: Tensor, see: Callable[[Sighting], None]) -> Tensor
     Raises:
         ConfigError: a model with neither steps nor timm's transformer blocks.
     """
-    if is_white_box(model):
+    if has_steps(model):
         return model.forward_features(images, on_step=lambda r: see(Sighting(r.layer, r.name, r.z_next, r)))
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, nn.Sequential | nn.ModuleList):

@@ -1,7 +1,9 @@
 """CRATE: each layer compresses the tokens around its subspaces, then sparsifies them in its dictionary.
 
-``z <- MSSA(z)`` lowers R^c(Z | U), ``z <- ISTA(LayerNorm(z))`` lowers the LASSO; two lines of
-:func:`build_layer` say all of it (Yu et al. 2023, "White-Box Transformers via Sparse Rate Reduction").
+``z <- MSSA(z)`` lowers R^c(Z | U), ``z <- ISTA(LayerNorm(z))`` lowers the LASSO; :func:`build_layer` says all
+of it (Yu et al. 2023, "White-Box Transformers via Sparse Rate Reduction"). CRATE-alpha is CRATE with three
+switches (Yang et al. 2024, "Scaling White-Box Transformers for Vision"), the published ablation is CRATE with
+one half of the layer or both replaced by a black box.
 
 **Departs** from the derivation, as the published models do: a pre-norm in front of both steps, a softmax
 scale, no factor on the residual, and with ``compression="untied"`` a free output matrix.
@@ -9,49 +11,79 @@ scale, no factor on the residual, and with ``compression="untied"`` a free outpu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
-from torch import Tensor, nn
+from timm.models import generate_default_cfgs
+from torch import nn
 
+from pellucid.models.backbone import Backbone, Pool, default_cfg, register
 from pellucid.models.embed import Size, StemName, TokenEmbedding
-from pellucid.steps import ISTA, MSSA, ExactCompression, OnStep, StepRecord, SubspaceStep, UntiedMSSA, unroll
+from pellucid.steps import (
+    ISTA,
+    MHSA,
+    MLP,
+    MSSA,
+    ExactCompression,
+    OvercompleteISTA,
+    SoftISTA,
+    Step,
+    UntiedMSSA,
+)
 
-Pool = Literal["token", "avg", ""]
-
-COMPRESSION: dict[str, type[SubspaceStep]] = {
-    "tied": MSSA,
-    "untied": UntiedMSSA,
-    "exact": ExactCompression,
-}
+Compression = Literal["tied", "untied", "exact", "mhsa"]
+Sparsification = Literal["ista", "soft", "mlp"]
 
 
 def build_layer(
     dim: int,
     num_heads: int,
-    compression: str,
+    *,
+    compression: Compression,
     compress_step_size: float,
+    eps: float,
+    output_bias: bool,
+    sparsification: Sparsification,
     step_size: float,
     sparsity: float,
-    eps: float,
+    overcomplete: int,
+    decoupled: bool,
+    residual: bool,
+    norm_eps: float,
 ) -> nn.ModuleDict:
     """One layer of CRATE: compress, then sparsify."""
-    compress = COMPRESSION[compression]
-    return nn.ModuleDict(
-        {
-            "compress": compress(
-                dim, num_heads, step_size=compress_step_size, eps=eps, norm=nn.LayerNorm(dim)
-            ),
-            "sparsify": ISTA(dim, step_size=step_size, sparsity=sparsity, enter=nn.LayerNorm(dim)),
-        }
-    )
+    norm = partial(nn.LayerNorm, dim, eps=norm_eps)
+    compress: Step
+    sparsify: Step
+    if compression == "mhsa":
+        compress = MHSA(dim, num_heads, norm=norm())
+    else:
+        made: Any = {
+            "tied": MSSA,
+            "untied": partial(UntiedMSSA, output_bias=output_bias),
+            "exact": ExactCompression,
+        }[compression]
+        compress = made(dim, num_heads, step_size=compress_step_size, eps=eps, norm=norm())
+    if sparsification == "mlp":
+        sparsify = MLP(dim, norm=norm())
+    elif overcomplete > 1 or decoupled or residual:
+        sparsify = OvercompleteISTA(
+            dim,
+            overcomplete * dim,
+            step_size=step_size,
+            sparsity=sparsity,
+            decoupled=decoupled,
+            residual=residual,
+            norm=norm(),
+        )
+    else:
+        ista = {"ista": ISTA, "soft": SoftISTA}[sparsification]
+        sparsify = ista(dim, step_size=step_size, sparsity=sparsity, enter=norm())
+    return nn.ModuleDict({"compress": compress, "sparsify": sparsify})
 
 
-class CRATE(nn.Module):
+class CRATE(Backbone):
     """Coding RAte reduction TransformEr.
 
     Takes timm's words for what timm has, and answers to its interfaces.
@@ -61,17 +93,25 @@ class CRATE(nn.Module):
         global_pool: ``"token"`` (class token, as published), ``"avg"`` (mean of patches), ``""`` (all).
         embed_dim, depth: width of a token and number of layers.
         num_heads: subspaces of each layer, each of dimension ``embed_dim // num_heads``.
-        compression: ``"tied"`` (MSSA as derived), ``"untied"`` (as published), ``"exact"`` (gradient of R^c).
+        compression: ``"tied"`` (MSSA as derived), ``"untied"`` (as published), ``"exact"`` (gradient of R^c),
+            ``"mhsa"`` (a black box: ordinary attention).
         compress_step_size: length of the compression step; 1 as published.
+        output_bias: with ``"untied"``, of its output; CRATE-alpha has none.
+        sparsification: ``"ista"`` (non-negative, as published), ``"soft"`` (codes of either sign), ``"mlp"``
+            (a black box).
         step_size, sparsity: of ISTA; 0.1 and 0.1 as published.
+        overcomplete: atoms for each dimension of a token; 4 in CRATE-alpha.
+        decoupled: another dictionary speaks the code back, as in CRATE-alpha.
+        residual: the code is added to the token, as in CRATE-alpha, in place of taking its place.
         eps: distortion at which the audit measures R^c; 0.1 as in the authors' plots (eps^2 = 0.01).
+        norm_eps: of the layers' norms; 1e-6 in CRATE-alpha.
         stem, class_token, reg_tokens, dynamic_img_size, pos_std: see
             :class:`~pellucid.models.embed.TokenEmbedding`.
         init: ``"orthogonal"``, or ``"published"`` for the distributions of the authors' program.
         drop_rate: dropout in front of the classifier.
 
     Raises:
-        ValueError: sizes that do not fit together, naming both.
+        ValueError: sizes or options that do not fit together, naming both.
     """
 
     def __init__(
@@ -84,11 +124,17 @@ class CRATE(nn.Module):
         embed_dim: int = 384,
         depth: int = 12,
         num_heads: int = 6,
-        compression: Literal["tied", "untied", "exact"] = "tied",
+        compression: Compression = "tied",
         compress_step_size: float = 1.0,
+        output_bias: bool = True,
+        sparsification: Sparsification = "ista",
         step_size: float = 0.1,
         sparsity: float = 0.1,
+        overcomplete: int = 1,
+        decoupled: bool = False,
+        residual: bool = False,
         eps: float = 0.1,
+        norm_eps: float = 1e-5,
         stem: StemName = "linear",
         class_token: bool = True,
         reg_tokens: int = 0,
@@ -97,13 +143,8 @@ class CRATE(nn.Module):
         init: Literal["orthogonal", "published"] = "orthogonal",
         drop_rate: float = 0.0,
     ) -> None:
-        super().__init__()
-        if compression not in COMPRESSION:
-            raise ValueError(f"compression is {compression!r}; known: {', '.join(map(repr, COMPRESSION))}")
-        _check_pool(global_pool, class_token)
-        self.num_classes, self.global_pool = num_classes, global_pool
-        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
-        self.embed = TokenEmbedding(
+        _check_options(compression, sparsification, overcomplete, decoupled, residual)
+        embed = TokenEmbedding(
             img_size,
             patch_size,
             in_chans,
@@ -114,265 +155,152 @@ class CRATE(nn.Module):
             dynamic_img_size=dynamic_img_size,
             pos_std=pos_std,
         )
-        self.layers = nn.ModuleList(
-            build_layer(embed_dim, num_heads, compression, compress_step_size, step_size, sparsity, eps)
+        layers = [
+            build_layer(
+                embed_dim,
+                num_heads,
+                compression=compression,
+                compress_step_size=compress_step_size,
+                eps=eps,
+                output_bias=output_bias,
+                sparsification=sparsification,
+                step_size=step_size,
+                sparsity=sparsity,
+                overcomplete=overcomplete,
+                decoupled=decoupled,
+                residual=residual,
+                norm_eps=norm_eps,
+            )
             for _ in range(depth)
-        )
-        self.norm: nn.Module = nn.LayerNorm(embed_dim)
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
-        self.grad_checkpointing = False
-        reduction = self.embed.patch_size[0]
-        self.feature_info = [
-            {"module": f"layers.{i}", "num_chs": embed_dim, "reduction": reduction} for i in range(depth)
         ]
+        super().__init__(embed, layers, nn.LayerNorm(embed_dim), num_classes, global_pool, drop_rate)
         self.init_weights(init)
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        """Class token and registers, which come before the patches."""
-        return self.embed.num_prefix_tokens
-
-    def forward(self, images: Float[Tensor, "b c h w"], on_step: OnStep | None = None) -> Tensor:
-        return self.forward_head(self.forward_features(images, on_step))
-
-    def forward_features(
-        self, images: Float[Tensor, "b c h w"], on_step: OnStep | None = None
-    ) -> Float[Tensor, "b n d"]:
-        """Normalised tokens after the last layer. ``on_step`` sees every step, as in ``unroll``."""
-        z = self.embed(images)
-        return self.norm(unroll(self.layers, z, on_step=on_step, checkpoint=self._recompute))
-
-    def forward_head(self, tokens: Float[Tensor, "b n d"], pre_logits: bool = False) -> Tensor:
-        """Class scores from normalised tokens; with ``pre_logits`` the pooled feature."""
-        if self.global_pool == "token":
-            tokens = tokens[:, 0]
-        elif self.global_pool == "avg":
-            tokens = tokens[:, self.num_prefix_tokens :].mean(1)
-        tokens = self.head_drop(tokens)
-        return tokens if pre_logits else self.head(tokens)
-
-    def forward_intermediates(
-        self,
-        x: Float[Tensor, "b c h w"],
-        indices: int | Sequence[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Tokens after the chosen layers, as timm's models give them.
-
-        Args:
-            x: images.
-            indices: the last so many layers, a list of layers from 0, or None for all.
-            return_prefix_tokens: give pairs (patches, prefix tokens).
-            norm: apply the final LayerNorm to each.
-            stop_early: leave out layers after the last chosen one.
-            output_fmt: patches as ``(b, d, h, w)`` or ``(b, n, d)``.
-            intermediates_only: leave out the final features.
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt is {output_fmt!r}; known: 'NCHW', 'NLC'")
-        chosen, last = feature_take_indices(len(self.layers), indices)  # type: ignore[arg-type]
-        tokens: dict[int, Tensor] = {}
-
-        def keep(record: StepRecord) -> None:
-            tokens[record.layer - 1] = record.z_next
-
-        layers = self.layers[: last + 1] if stop_early else self.layers
-        z = unroll(layers, self.embed(x), on_step=keep)
-        kept = [self.norm(tokens[i]) if norm else tokens[i] for i in chosen]
-        prefix = [t[:, : self.num_prefix_tokens] for t in kept]
-        patches = [t[:, self.num_prefix_tokens :] for t in kept]
-        if output_fmt == "NCHW":
-            grid = self.embed.grid(*x.shape[-2:])
-            patches = [t.mT.unflatten(-1, grid).contiguous() for t in patches]
-        out = list(zip(patches, prefix, strict=True)) if return_prefix_tokens else patches
-        return out if intermediates_only else (self.norm(z), out)
-
-    def get_intermediate_layers(
-        self,
-        x: Float[Tensor, "b c h w"],
-        n: int | Sequence[int] = 1,
-        reshape: bool = False,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-    ) -> list:
-        """DINO's interface to :meth:`forward_intermediates`."""
-        return self.forward_intermediates(
-            x,
-            n,
-            return_prefix_tokens=return_prefix_tokens,
-            norm=norm,
-            output_fmt="NCHW" if reshape else "NLC",
-            intermediates_only=True,
-        )
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what the chosen layers do not need; returns the layers kept as outputs."""
-        chosen, last = feature_take_indices(len(self.layers), indices)  # type: ignore[arg-type]
-        self.layers = self.layers[: last + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return chosen
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: Pool | None = None) -> None:
-        """A new head, with other pooling if given."""
-        if global_pool is not None:
-            _check_pool(global_pool, self.embed.class_token is not None)
-            self.global_pool = global_pool
-        self.num_classes = num_classes
-        like = self.embed.pos_embed
-        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
-        self.head.to(device=like.device, dtype=like.dtype)
-
-    def set_input_size(self, img_size: Size) -> None:
-        """Resample the positions to another image size, for good."""
-        self.embed.set_input_size(img_size)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute layers in the backward pass: memory of one layer in place of all."""
-        self.grad_checkpointing = enable
-
-    @property
-    def _recompute(self) -> bool:
-        return self.grad_checkpointing and torch.is_grad_enabled()
-
-    def no_weight_decay(self) -> set[str]:
-        return {"embed.pos_embed", "embed.class_token", "embed.reg_tokens"}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Regular expressions that sort parameters into layers, for layer-wise learning rates."""
-        return {
-            "stem": r"^embed",
-            "blocks": r"^layers\.(\d+)" if coarse else [(r"^layers\.(\d+)", None), (r"^norm", (99999,))],
-        }
 
     @torch.no_grad()
     def init_weights(self, scheme: str = "orthogonal") -> None:
-        """Fresh weights: orthogonal bases and dictionaries, or the published distributions."""
+        """Weights as the steps and the embedding make them, orthogonal; or the published distributions."""
         if scheme not in ("orthogonal", "published"):
             raise ValueError(f"init is {scheme!r}; known: 'orthogonal', 'published'")
         if scheme == "orthogonal":
-            if isinstance(self.head, nn.Linear):
-                nn.init.trunc_normal_(self.head.weight, std=0.02)
-                nn.init.zeros_(self.head.bias)
-            return  # the steps and the embedding are made so
+            return
         for parameter in (self.embed.pos_embed, self.embed.class_token, self.embed.reg_tokens):
             if parameter is not None:
                 nn.init.normal_(parameter)
         for module in self.layers.modules():
             if isinstance(module, ISTA):
                 nn.init.kaiming_uniform_(module.dictionary)
+            elif isinstance(module, OvercompleteISTA) and module.output is not None:
+                nn.init.kaiming_uniform_(module.output)
             elif isinstance(module, nn.Linear):
                 module.reset_parameters()
 
 
-def _check_pool(pool: str, class_token: bool) -> None:
-    if pool not in ("token", "avg", ""):
-        raise ValueError(f"global_pool is {pool!r}; known: 'token', 'avg', ''")
-    if pool == "token" and not class_token:
-        raise ValueError("global_pool='token' needs class_token=True - or take global_pool='avg'")
+def _check_options(
+    compression: str, sparsification: str, overcomplete: int, decoupled: bool, residual: bool
+) -> None:
+    for name, value, known in (
+        ("compression", compression, ("tied", "untied", "exact", "mhsa")),
+        ("sparsification", sparsification, ("ista", "soft", "mlp")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; known: {', '.join(map(repr, known))}")
+    if overcomplete < 1:
+        raise ValueError(f"overcomplete is {overcomplete}; a dictionary has at least one atom per dimension")
+    if sparsification != "ista" and (overcomplete > 1 or decoupled or residual):
+        raise ValueError(
+            f"overcomplete, decoupled and residual are switches of sparsification='ista', not of "
+            f"{sparsification!r}"
+        )
 
 
-def _cfg(input_size: tuple[int, int, int] = (3, 224, 224), num_classes: int = 1000) -> dict[str, Any]:
-    imagenet = input_size[0] == 3
-    return {
-        "url": "",
-        "num_classes": num_classes,
-        "input_size": input_size,
-        "crop_pct": 0.875 if input_size[1] >= 96 else 1.0,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406) if imagenet else (0.5,) * input_size[0],
-        "std": (0.229, 0.224, 0.225) if imagenet else (0.5,) * input_size[0],
-        "first_conv": "embed.stem.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
-    }
+PUBLISHED: dict[str, Any] = {"compression": "untied"}
+"""What the published CRATE departs by; the sizes in which it was published."""
 
+CRATE_SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "small": {"embed_dim": 576, "depth": 12, "num_heads": 12},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+}
 
-default_cfgs = generate_default_cfgs(
-    {
-        "crate_tiny_patch16_224.untrained": _cfg(),
-        "crate_small_patch16_224.untrained": _cfg(),
-        "crate_base_patch16_224.untrained": _cfg(),
-        "crate_large_patch16_224.untrained": _cfg(),
-        "crate_micro_patch4_32.untrained": _cfg((3, 32, 32), 10),
-        "crate_digits.untrained": _cfg((1, 8, 8), 10),
-    }
-)
+ALPHA: dict[str, Any] = {
+    "compression": "untied",
+    "output_bias": False,
+    "overcomplete": 4,
+    "decoupled": True,
+    "residual": True,
+    "norm_eps": 1e-6,
+    "stem": "conv",
+}
+"""The three switches that make CRATE-alpha, and its smaller departures."""
 
+ALPHA_SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "small": {"embed_dim": 576, "depth": 12, "num_heads": 12},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
+}
 
-def _crate(variant: str, pretrained: bool, kwargs: dict[str, Any], **sizes: Any) -> nn.Module:
-    out_indices = kwargs.pop("out_indices", 3)
-    return build_model_with_cfg(
-        CRATE,
-        variant,
-        pretrained,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **{**sizes, **kwargs},
-    )
-
-
-_SMALL = {"compression": "tied", "stem": "conv", "step_size": 0.3}
+SMALL_PICTURES: dict[str, Any] = {"compression": "tied", "stem": "conv", "step_size": 0.3}
 """For small pictures: a patch of few pixels loses its brightness in the published stem's LayerNorm, and with
 few layers a longer ISTA step learns more."""
 
+MICRO: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 12}
+DIGITS: dict[str, Any] = {
+    "img_size": 8,
+    "patch_size": 2,
+    "in_chans": 1,
+    "embed_dim": 64,
+    "depth": 4,
+    "num_heads": 8,
+}
 
-@register_model
-def crate_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """CRATE-T as published: 6.09 M parameters."""
-    sizes = {"embed_dim": 384, "depth": 12, "num_heads": 6, "compression": "untied"}
-    return _crate("crate_tiny_patch16_224", pretrained, kwargs, **sizes)
-
-
-@register_model
-def crate_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """CRATE-S as published: 13.12 M parameters."""
-    sizes = {"embed_dim": 576, "depth": 12, "num_heads": 12, "compression": "untied"}
-    return _crate("crate_small_patch16_224", pretrained, kwargs, **sizes)
-
-
-@register_model
-def crate_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """CRATE-B as published: 22.80 M parameters."""
-    sizes = {"embed_dim": 768, "depth": 12, "num_heads": 12, "compression": "untied"}
-    return _crate("crate_base_patch16_224", pretrained, kwargs, **sizes)
+ABLATION: dict[str, dict[str, Any]] = {
+    "mssa_mlp": {"compression": "untied", "sparsification": "mlp"},
+    "mhsa_ista": {"compression": "mhsa", "sparsification": "ista"},
+    "mhsa_mlp": {"compression": "mhsa", "sparsification": "mlp"},
+}
+"""The published ablation, beside CRATE, which is MSSA and ISTA: same stem, pooling and recipe."""
 
 
-@register_model
-def crate_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """CRATE-L as published: 77.64 M parameters."""
-    sizes = {"embed_dim": 1024, "depth": 24, "num_heads": 16, "compression": "untied"}
-    return _crate("crate_large_patch16_224", pretrained, kwargs, **sizes)
+def _variants() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Name -> what it is, and its sizes and options."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for size, sizes in CRATE_SIZES.items():
+        for patch in (8, 14, 16):
+            found[f"crate_{size}_patch{patch}_224"] = (
+                f"CRATE-{size[0].upper()} as published, patches of {patch}.",
+                {"patch_size": patch, **sizes, **PUBLISHED},
+            )
+    for size, sizes in ALPHA_SIZES.items():
+        for patch in (8, 14, 16, 32):
+            found[f"crate_alpha_{size}_patch{patch}_224"] = (
+                f"CRATE-alpha {size} as published, patches of {patch}.",
+                {"patch_size": patch, **sizes, **ALPHA},
+            )
+    small = {"micro_patch4_32": MICRO, "digits": DIGITS}
+    for place, sizes in small.items():
+        found[f"crate_{place}"] = ("CRATE for small pictures, tied.", {**sizes, **SMALL_PICTURES})
+        found[f"crate_alpha_{place}"] = ("CRATE-alpha for small pictures.", {**sizes, **ALPHA})
+    for name, halves in ABLATION.items():
+        what = "The published ablation of CRATE: " + " and ".join(name.split("_")).upper() + "."
+        for place, sizes in small.items():
+            found[f"{name}_{place}"] = (what, {**sizes, **SMALL_PICTURES, **halves})
+        found[f"{name}_tiny_patch8_224"] = (what, {"patch_size": 8, **CRATE_SIZES["tiny"], **halves})
+    return found
 
 
-@register_model
-def crate_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """For 32 x 32 pictures such as CIFAR: 6 layers of width 192."""
-    sizes = {**_SMALL, "img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 12}
-    return _crate("crate_micro_patch4_32", pretrained, kwargs, **sizes)
+_VARIANTS = _variants()
 
-
-@register_model
-def crate_digits(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """For 8 x 8 gray digits: 4 layers of width 64."""
-    sizes = {
-        **_SMALL,
-        "img_size": 8,
-        "patch_size": 2,
-        "in_chans": 1,
-        "embed_dim": 64,
-        "depth": 4,
-        "num_heads": 8,
+default_cfgs = generate_default_cfgs(
+    {
+        f"{name}.untrained": default_cfg(
+            (sizes.get("in_chans", 3), *[sizes.get("img_size", 224)] * 2), 10 if "img_size" in sizes else 1000
+        )
+        for name, (_, sizes) in _VARIANTS.items()
     }
-    return _crate("crate_digits", pretrained, kwargs, **sizes)
+)
+
+for _name, (_meaning, _sizes) in _VARIANTS.items():
+    register(__name__, CRATE, _name, _meaning, **_sizes)

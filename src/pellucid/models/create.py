@@ -10,9 +10,10 @@ import timm
 from torch import nn
 
 from pellucid.errors import ConfigError, suggest
-from pellucid.models import crate, vit
+from pellucid.models import crate, mae, tost, vit
+from pellucid.models.backbone import ARCHITECTURES
 
-FAMILIES = (crate, vit)
+FAMILIES = (crate, mae, tost, vit)
 
 
 def list_models() -> list[str]:
@@ -48,10 +49,9 @@ def create_model(name: str, *, pretrained: bool = False, **model_args: Any) -> n
 
 def check_model_args(name: str, model_args: dict[str, Any]) -> None:
     """Refuse an option that the architecture does not have. Only ours are known by name."""
-    if name not in list_models():
+    if name not in ARCHITECTURES:
         return
-    cls: Any = crate.CRATE if name in _names(crate) else vit.VisionTransformer
-    known = set(inspect.signature(cls.__init__).parameters) - {"self"}
+    known = set(inspect.signature(ARCHITECTURES[name]).parameters)
     for key in model_args:
         if key not in known | {"features_only", "out_indices"}:
             raise ConfigError(f"unknown model option '{key}' for {name}{suggest(key, known)}")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from timm.layers import resample_abs_pos_embed, to_2tuple
+from timm.models.xcit import PositionalEncodingFourier
 from torch import Tensor, nn
 
 Size = int | tuple[int, int] | list[int]  # a list: as JSON and YAML give a pair back
-StemName = Literal["linear", "conv"]
+StemName = Literal["linear", "conv", "conv_bn"]
+Positions = Literal["learned", "fourier"]
 
 
 class LinearStem(nn.Module):
@@ -42,18 +45,53 @@ class ConvStem(nn.Module):
         return self.proj(images).flatten(2).mT
 
 
+class ConvNormStem(nn.Module):
+    """ToST's stem: 3 x 3 convolutions, each with a BatchNorm, halve the picture until a patch is a pixel.
+
+    Width doubles on the way, up to that of a token. Patches see beyond their own edges.
+
+    **Departs:** the published program synchronises its BatchNorm over processes, which cannot train on a CPU.
+    """
+
+    def __init__(self, patch_size: tuple[int, int], in_chans: int, dim: int) -> None:
+        super().__init__()
+        halvings = patch_size[0].bit_length() - 1
+        if patch_size[0] != patch_size[1] or patch_size[0] != 2**halvings or halvings == 0:
+            raise ValueError(
+                f"stem 'conv_bn' halves the picture: a patch of {patch_size[0]} x {patch_size[1]} is not a "
+                f"power of two - take 2, 4, 8 or 16, or another stem"
+            )
+        if dim % 2 ** (halvings - 1):
+            raise ValueError(f"stem 'conv_bn' needs a width that {2 ** (halvings - 1)} divides; got {dim}")
+        widths = [in_chans, *(dim // 2**i for i in reversed(range(halvings)))]
+        self.proj = nn.Sequential()
+        for i, (before, after) in enumerate(pairwise(widths)):
+            if i:
+                self.proj.append(nn.GELU())
+            conv = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
+            self.proj.append(nn.Sequential(conv, nn.BatchNorm2d(after)))
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
+        return self.proj(images).flatten(2).mT
+
+
+STEMS: dict[str, type[nn.Module]] = {"linear": LinearStem, "conv": ConvStem, "conv_bn": ConvNormStem}
+
+
 class TokenEmbedding(nn.Module):
-    """Images to tokens: ``[class, registers, patches]`` with learned positions on class and patches.
+    """Images to tokens: ``[class, registers, patches]`` with positions on class and patches.
 
     Args:
         img_size: height and width the positions are learned at.
         patch_size: must divide ``img_size``.
         in_chans: channels of an image.
         dim: width of a token.
-        stem: ``"linear"`` (published CRATE) or ``"conv"``.
+        stem: ``"linear"`` (published CRATE), ``"conv"`` (CRATE-alpha, ViT) or ``"conv_bn"`` (ToST).
         class_token: prepend one token that stands for the image.
         reg_tokens: number of registers, tokens without a position that give global computation a place.
         dynamic_img_size: accept any size that patches tile, with interpolated positions.
+        positions: ``"learned"``, or ``"fourier"``: sines of row and column through a learned map, for the
+            patches only, at any size.
         pos_std: standard deviation of the fresh positions, of the size of patch features so that they are
             heard from the start; class token and registers begin at 0.02.
     """
@@ -69,36 +107,55 @@ class TokenEmbedding(nn.Module):
         class_token: bool = True,
         reg_tokens: int = 0,
         dynamic_img_size: bool = False,
+        positions: Positions = "learned",
         pos_std: float = 0.5,
     ) -> None:
         super().__init__()
+        self.dim = dim
         self.img_size, self.patch_size = to_2tuple(img_size), to_2tuple(patch_size)
         self.dynamic_img_size = dynamic_img_size
         self.num_prefix_tokens = int(class_token) + reg_tokens
         self.grid_size = self._grid(self.img_size)
-        stems = {"linear": LinearStem, "conv": ConvStem}
-        if stem not in stems:
-            raise ValueError(f"stem is {stem!r}; known: {', '.join(map(repr, stems))}")
-        self.stem = stems[stem](self.patch_size, in_chans, dim)
-        positions = self.grid_size[0] * self.grid_size[1] + int(class_token)
-        self.pos_embed = nn.Parameter(torch.empty(1, positions, dim))
+        if stem not in STEMS:
+            raise ValueError(f"stem is {stem!r}; known: {', '.join(map(repr, STEMS))}")
+        if positions not in ("learned", "fourier"):
+            raise ValueError(f"positions is {positions!r}; known: 'learned', 'fourier'")
+        self.stem = STEMS[stem](self.patch_size, in_chans, dim)
+        self.fourier = PositionalEncodingFourier(dim=dim) if positions == "fourier" else None
+        self.pos_embed: nn.Parameter | None = None
+        if positions == "learned":
+            places = self.grid_size[0] * self.grid_size[1] + int(class_token)
+            self.pos_embed = nn.Parameter(torch.empty(1, places, dim))
         self.class_token = nn.Parameter(torch.empty(1, 1, dim)) if class_token else None
         self.reg_tokens = nn.Parameter(torch.empty(1, reg_tokens, dim)) if reg_tokens else None
         self.init_weights(pos_std)
 
     @torch.no_grad()
     def init_weights(self, pos_std: float = 0.5) -> None:
-        nn.init.trunc_normal_(self.pos_embed, std=pos_std, a=-4 * pos_std, b=4 * pos_std)
+        if self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=pos_std, a=-4 * pos_std, b=4 * pos_std)
         for parameter in (self.class_token, self.reg_tokens):
             if parameter is not None:
                 nn.init.trunc_normal_(parameter, std=0.02)
 
-    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
-        positions = self._positions(images.shape[-2], images.shape[-1])
+    def forward(
+        self,
+        images: Float[Tensor, "b c h w"],
+        mask: Bool[Tensor, "b p"] | None = None,
+        mask_token: Float[Tensor, "1 1 d"] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """Tokens of the images. Where ``mask`` is true the mask token stands for the patch."""
+        height, width = images.shape[-2:]
+        self._check_size(height, width)
         z = self.stem(images)
+        if mask is not None and mask_token is not None:
+            z = torch.where(mask.unsqueeze(-1), mask_token.to(z.dtype), z)
+        if self.fourier is not None:
+            z = z + self.fourier(1, *self.grid(height, width)).flatten(2).mT
         if self.class_token is not None:
             z = torch.cat([self.class_token.expand(z.shape[0], -1, -1), z], 1)
-        z = z + positions
+        if self.pos_embed is not None:
+            z = z + self._resampled(self.grid(height, width))
         if self.reg_tokens is not None:
             at = int(self.class_token is not None)
             z = torch.cat([z[:, :at], self.reg_tokens.expand(z.shape[0], -1, -1), z[:, at:]], 1)
@@ -113,21 +170,23 @@ class TokenEmbedding(nn.Module):
         """Learned positions resampled, for good, to another image size."""
         size = to_2tuple(img_size)
         grid = self._grid(size)
-        self.pos_embed = nn.Parameter(self._resampled(grid))
+        if self.pos_embed is not None:
+            self.pos_embed = nn.Parameter(self._resampled(grid))
         self.img_size, self.grid_size = size, grid
 
-    def _positions(self, height: int, width: int) -> Tensor:
+    def _check_size(self, height: int, width: int) -> None:
         if (height, width) == self.img_size:
-            return self.pos_embed
+            return
         if not self.dynamic_img_size:
             raise ValueError(
                 f"images are {height} x {width}, the model was built for "
                 f"{self.img_size[0]} x {self.img_size[1]} - resize them, or build it with "
                 f"dynamic_img_size=True"
             )
-        return self._resampled(self._grid((height, width)))
+        self._grid((height, width))
 
     def _resampled(self, grid: tuple[int, int]) -> Tensor:
+        assert self.pos_embed is not None
         if grid == self.grid_size:
             return self.pos_embed
         prefix = self.pos_embed.shape[1] - self.grid_size[0] * self.grid_size[1]

@@ -15,6 +15,7 @@ from pellucid.objectives.coding_rate import (
 )
 from pellucid.objectives.reconstruction import (
     lasso,
+    masked_error,
     nonnegative_lasso,
     nonzero_fraction,
     squared_error,
@@ -24,6 +25,7 @@ __all__ = [
     "class_coding_rate",
     "coding_rate",
     "lasso",
+    "masked_error",
     "nats_to_bits",
     "nonnegative_lasso",
     "nonzero_fraction",

@@ -7,7 +7,7 @@ atoms: ``x ~ z D^T`` with tokens in rows (``x ~ D z`` with the papers' columns).
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -55,3 +55,11 @@ def nonnegative_lasso(
 def nonzero_fraction(z: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b"]:
     """Share of entries that are not exactly zero, in 0..1: the l0 count divided by n d."""
     return (z != 0).float().mean((-2, -1))
+
+
+def masked_error(
+    prediction: Float[Tensor, "b n d"], target: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"]
+) -> Float[Tensor, " b"]:
+    """Mean squared error over the masked tokens of each sample; NaN where none is masked."""
+    error = (prediction - target).square().mean(-1)
+    return (error * mask).sum(-1) / mask.sum(-1)

@@ -1,18 +1,29 @@
 """How one update improves an objective: each step is a module with its parameters and what it lowers."""
 
-from pellucid.steps.ista import ISTA, SoftISTA
-from pellucid.steps.mssa import MSSA, ExactCompression, SubspaceStep, UntiedMSSA
+from pellucid.steps.blackbox import MHSA, MLP, BlackBox
+from pellucid.steps.ista import ISTA, SoftISTA, Synthesis
+from pellucid.steps.mssa import MSSA, Decompression, ExactCompression, SubspaceStep, UntiedMSSA
+from pellucid.steps.overcomplete import OvercompleteISTA
 from pellucid.steps.step import OnStep, Step, StepRecord, unroll
+from pellucid.steps.tssa import TSSA, UntiedTSSA
 
 __all__ = [
     "ISTA",
+    "MHSA",
+    "MLP",
     "MSSA",
+    "TSSA",
+    "BlackBox",
+    "Decompression",
     "ExactCompression",
     "OnStep",
+    "OvercompleteISTA",
     "SoftISTA",
     "Step",
     "StepRecord",
     "SubspaceStep",
+    "Synthesis",
     "UntiedMSSA",
+    "UntiedTSSA",
     "unroll",
 ]

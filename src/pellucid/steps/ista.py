@@ -136,6 +136,31 @@ class SoftISTA(ISTA):
         return F.softshrink(v, self.step_size * self.sparsity)
 
 
+class Synthesis(Step):
+    r"""Speak a code in a dictionary, :math:`Z D^\top`: the inverse of a sparsification, not itself a descent.
+
+    Args:
+        dim: width of a token, and number of atoms.
+        enter: see :class:`~pellucid.steps.step.Step`.
+    """
+
+    objective_name = None
+    step_size = 1.0
+
+    def __init__(self, dim: int, *, enter: nn.Module | None = None) -> None:
+        super().__init__(enter)
+        self.dictionary = nn.Parameter(torch.empty(dim, dim))
+        nn.init.orthogonal_(self.dictionary)
+
+    def forward(self, z: Float[Tensor, "b n d"], x: Tensor | None = None) -> Float[Tensor, "b n d"]:
+        return z @ self.dictionary.mT
+
+    def objective(
+        self, z: Float[Tensor, "b n d"], start: Float[Tensor, "b n d"], x: Tensor | None = None
+    ) -> Float[Tensor, " b"]:
+        raise TypeError("Synthesis lowers no objective - there is nothing to measure")
+
+
 @dataclass(frozen=True, slots=True)
 class _Fold:
     """A kept fold and what it was made from."""

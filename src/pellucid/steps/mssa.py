@@ -38,6 +38,7 @@ class SubspaceStep(Step):
         eps: distortion at which the objective is measured.
         norm: applied to the tokens before projection; none unless given.
         enter: see :class:`~pellucid.steps.step.Step`.
+        bias: projections may be shifted, as published ToST's are.
     """
 
     objective_name = "R^c(Z | U)"
@@ -52,6 +53,7 @@ class SubspaceStep(Step):
         eps: float = 0.1,
         norm: nn.Module | None = None,
         enter: nn.Module | None = None,
+        bias: bool = False,
     ) -> None:
         super().__init__(enter)
         if head_dim is None:
@@ -64,8 +66,10 @@ class SubspaceStep(Step):
         self.num_heads, self.head_dim = num_heads, head_dim
         self.step_size, self.eps = step_size, eps
         self.norm = nn.Identity() if norm is None else norm
-        self.subspaces = nn.Linear(dim, num_heads * head_dim, bias=False)
+        self.subspaces = nn.Linear(dim, num_heads * head_dim, bias=bias)
         nn.init.orthogonal_(self.subspaces.weight)
+        if bias:
+            nn.init.zeros_(self.subspaces.bias)
 
     @property
     def U(self) -> Float[Tensor, "K d p"]:  # noqa: N802
@@ -136,7 +140,8 @@ class UntiedMSSA(AttentionStep):
     r"""MSSA as the published CRATE runs it.
 
     **Departs:** the output matrix is free and has a bias where the derivation has :math:`U^\top`, so nothing
-    makes the step point downhill; whether it does is for the audit to say.
+    makes the step point downhill; whether it does is for the audit to say. CRATE-alpha leaves out the bias:
+    ``output_bias=False``.
     """
 
     def __init__(
@@ -149,15 +154,31 @@ class UntiedMSSA(AttentionStep):
         eps: float = 0.1,
         norm: nn.Module | None = None,
         enter: nn.Module | None = None,
+        output_bias: bool = True,
     ) -> None:
         super().__init__(dim, num_heads, head_dim, step_size=step_size, eps=eps, norm=norm, enter=enter)
-        self.output = nn.Linear(self.subspaces.out_features, dim)
-        with torch.no_grad():
-            self.output.weight.copy_(self.subspaces.weight.mT)
-            self.output.bias.zero_()
+        self.output = output_map(self.subspaces, output_bias)
 
     def direction(self, w: Float[Tensor, "b K n p"]) -> Float[Tensor, "b n d"]:
         return self.output(self.attend(w))
+
+
+class Decompression(UntiedMSSA):
+    r"""A step away from the subspaces, which raises :math:`R^c`: half a layer of a decoder, an encoder run
+    backwards (Pai et al. 2023, "Masked Completion via Structured Diffusion with White-Box Transformers").
+
+    .. math:: Z - \kappa\,\mathrm{MSSA}(Z)
+    """
+
+    objective_name = "-R^c(Z | U)"
+
+    def forward(self, z: Float[Tensor, "b n d"], x: Tensor | None = None) -> Float[Tensor, "b n d"]:
+        return torch.sub(z, self.direction(self.project(z)), alpha=self.step_size)
+
+    def objective(
+        self, z: Float[Tensor, "b n d"], start: Float[Tensor, "b n d"], x: Tensor | None = None
+    ) -> Float[Tensor, " b"]:
+        return -super().objective(z, start, x)
 
 
 class ExactCompression(SubspaceStep):
@@ -195,6 +216,16 @@ class ExactCompression(SubspaceStep):
         b = self.head_dim / (num_tokens * self.eps**2)
         spectral = torch.linalg.matrix_norm(self.subspaces.weight.detach().float(), 2).item()
         return 2 / (b * spectral**2)
+
+
+def output_map(subspaces: nn.Linear, bias: bool) -> nn.Linear:
+    """A free matrix back from the subspaces, begun as :math:`U^\\top`."""
+    output = nn.Linear(subspaces.out_features, subspaces.in_features, bias=bias)
+    with torch.no_grad():
+        output.weight.copy_(subspaces.weight.mT)
+        if bias:
+            output.bias.zero_()
+    return output
 
 
 def _forms_weights(w: Tensor) -> bool:

@@ -20,11 +20,12 @@ class Step(nn.Module, ABC):
     normalisation that precedes ISTA in CRATE: :func:`unroll` applies it, and the step sees only its result.
 
     Attributes:
-        objective_name: what :meth:`objective` measures, as the audit prints it.
+        objective_name: what :meth:`objective` measures, as the audit prints it; None for a step that was
+            derived from nothing, such as an MLP.
         step_size: how far along its direction the step goes.
     """
 
-    objective_name: str
+    objective_name: str | None
     step_size: float
 
     def __init__(self, enter: nn.Module | None = None) -> None:
@@ -41,6 +42,12 @@ class Step(nn.Module, ABC):
     ) -> Float[Tensor, " b"]:
         """Value at ``z`` of what this step lowers when it is started at ``start``. One number per sample."""
 
+    def before_and_after(
+        self, z: Float[Tensor, "b n d"], z_next: Float[Tensor, "b n d"], x: Tensor | None = None
+    ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+        """The objective on either side of the step that took ``z`` to ``z_next``."""
+        return self.objective(z, z, x), self.objective(z_next, z, x)
+
     def max_step_size(self, num_tokens: int | None = None) -> float | None:
         """The objective is guaranteed not to rise below this step size; None where it is only measured."""
         return None
@@ -56,6 +63,19 @@ class StepRecord:
         z: tokens as the step received them (after ``step.enter``).
         z_next: tokens after the step.
         x: what stayed fixed.
+
+    ``pellucid.measure.run_with_cache`` gives the same by TransformerLens's names, where layers count from 0:
+
+    =====================================  ==========================================================
+    in a record                            in the cache, ``l = layer - 1``
+    =====================================  ==========================================================
+    ``compress``: ``z``                    ``blocks.{l}.hook_resid_pre``
+    ``step.project(z)``                    ``blocks.{l}.attn.hook_q``, query, key and value in one
+    ``step.attention(z)``                  ``blocks.{l}.attn.hook_pattern``
+    ``compress``: ``z_next``               ``blocks.{l}.hook_resid_mid``
+    ``sparsify``: its code                 ``blocks.{l}.mlp.hook_post``
+    ``sparsify``: ``z_next``               ``blocks.{l}.hook_resid_post``
+    =====================================  ==========================================================
     """
 
     layer: int
