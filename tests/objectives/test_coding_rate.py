@@ -17,6 +17,7 @@ from pellucid.objectives import (
     rate_reduction,
     sparse_rate_reduction,
     subspace_coding_rate,
+    variational_coding_rate,
 )
 
 EPS = 0.5
@@ -47,6 +48,7 @@ RATES = {
     "by labels": lambda z, labels, U: class_coding_rate(z, labels, EPS),
     "by soft classes": lambda z, labels, U: class_coding_rate(z, (F.one_hot(labels, 3) + 0.5) / 2.5, EPS),
     "by subspaces": lambda z, labels, U: subspace_coding_rate(z, U, EPS),
+    "variational": lambda z, labels, U: variational_coding_rate(z, U, labels % len(U), EPS),
     "rate reduction": lambda z, labels, U: rate_reduction(z, labels, EPS),
     "sparse rate reduction": lambda z, labels, U: sparse_rate_reduction(z, U, EPS, 0.1),
 }
@@ -162,6 +164,7 @@ def test_derivatives_in_membership_and_bases(z):
     for check in (gradcheck, gradgradcheck):
         assert check(lambda t: class_coding_rate(z, t.softmax(-1), EPS), (logits,))
         assert check(lambda U: subspace_coding_rate(z, U, EPS), (U,))
+        assert check(lambda U: variational_coding_rate(z, U, torch.arange(len(z)) % 2, EPS), (U,))
 
 
 # --- properties -------------------------------------------------------------------------------------------
@@ -278,6 +281,129 @@ def test_sparse_rate_reduction_is_its_three_terms():
     z, U = normal(2, 6, 4), normal(3, 4, 2)
     expected = coding_rate(z, EPS) - subspace_coding_rate(z, U, EPS) - 0.3 * z.abs().sum((-2, -1))
     close(sparse_rate_reduction(z, U, EPS, 0.3), expected)
+
+
+# --- the variational bound --------------------------------------------------------------------------------
+
+
+def exact_rates(z, U, weights):
+    """What :func:`variational_coding_rate` bounds: one determinant for each group, tokens in columns."""
+    n, d = z.shape
+    rates = []
+    for u, pi in zip(U, weights.unbind(-1), strict=True):
+        second_moments = u.T @ z.T @ torch.diag(pi) @ z @ u
+        scale = d / (max(pi.sum().item(), 1e-300) * EPS**2)
+        rates.append(
+            pi.sum() / (2 * n) * torch.logdet(torch.eye(len(second_moments)) + scale * second_moments)
+        )
+    return torch.stack(rates)
+
+
+def orthonormal(K, d, p, seed=0):
+    return torch.linalg.qr(normal(K, d, max(d, p), seed=seed)).Q[..., :p]
+
+
+@st.composite
+def memberships(draw):
+    """Tokens, orthonormal bases of up to d dimensions, and soft memberships, some next to hard or empty."""
+    n, d, K = draw(st.integers(1, 9)), draw(st.integers(1, 7)), draw(st.integers(1, 4))
+    seed = draw(st.integers(0, 10**6))
+    logits = normal(n, K, seed=seed + 1) * draw(st.sampled_from([0.0, 1.0, 30.0]))
+    U = orthonormal(K, d, draw(st.integers(1, d)), seed=seed + 2)
+    return normal(n, d, seed=seed) * 10 ** draw(st.floats(-2, 2)), U, logits.softmax(-1)
+
+
+@given(problem=memberships())
+def test_variational_rate_is_never_below_the_determinants_it_bounds(problem):
+    z, U, weights = problem
+    bound, exact = variational_coding_rate(z, U, weights, EPS), exact_rates(z, U, weights).sum()
+    assert bound >= exact - 1e-9 * (1 + exact)
+    if U.shape[-1] == 1:
+        close(bound, exact)
+
+
+@given(problem=memberships())
+def test_variational_rate_is_met_where_second_moments_are_diagonal(problem):
+    z, U, weights = problem
+    turned = []
+    for u, pi in zip(U, weights.unbind(-1), strict=True):
+        second_moments = u.T @ z.T @ torch.diag(pi) @ z @ u
+        turned.append(u @ torch.linalg.eigh(second_moments).eigenvectors)
+    turned = torch.stack(turned)
+    exact = exact_rates(z, turned, weights).sum()
+    close(variational_coding_rate(z, turned, weights, EPS), exact)
+    close(exact, exact_rates(z, U, weights).sum())  # the determinant does not see the turn: this is the least
+
+
+def test_variational_rate_is_strictly_above_where_they_are_not():
+    z, U, weights = normal(20, 5), orthonormal(2, 5, 3), soft_rows(20, 2)
+    assert variational_coding_rate(z, U, weights, EPS) > 1.01 * exact_rates(z, U, weights).sum()
+
+
+@given(problem=memberships())
+def test_variational_rate_of_whole_bases_bounds_the_class_rate(problem):
+    z, U, weights = problem
+    whole = orthonormal(len(U), z.shape[1], z.shape[1])
+    rate = class_coding_rate(z, weights, EPS)
+    assert variational_coding_rate(z, whole, weights, EPS) >= rate - 1e-9 * (1 + rate)
+
+
+@tokens
+def test_gradient_of_the_variational_rate_needs_second_moments_only(z):
+    n, d = z.shape
+    U, weights, s = normal(3, d, 2, seed=4), soft_rows(n, 3), d / EPS**2
+    expected = torch.zeros_like(z)
+    for u, pi in zip(U, weights.unbind(-1), strict=True):
+        moments = (pi[:, None] * (z @ u) ** 2).sum(0) / pi.sum()
+        expected += pi[:, None] * (z @ u) * (s / (1 + s * moments)) @ u.T / n
+    exactly(gradient(lambda z: variational_coding_rate(z, U, weights, EPS), z), expected)
+
+
+def test_labels_of_the_variational_rate_are_indices_of_subspaces():
+    z, U = normal(6, 4), normal(5, 4, 2, seed=1)
+    labels = torch.tensor([1, 3, 1, 3, 3, 1])  # 0, 2 and 4 are empty and cost nothing
+    value = variational_coding_rate(z, U, labels, EPS)
+    close(value, variational_coding_rate(z, U, F.one_hot(labels, 5).double(), EPS))
+    close(value, variational_coding_rate(z, U[[1, 3]], labels // 2, EPS))
+    assert not torch.isclose(value, variational_coding_rate(z, U, labels - 1, EPS))
+    weights = F.one_hot(labels, 5).double().requires_grad_()
+    variational_coding_rate(z, U, weights, EPS).backward()
+    assert weights.grad.isfinite().all()
+
+
+def test_a_shift_moves_the_projections():
+    z, U, shift, weights = normal(2, 6, 4), normal(3, 4, 2, seed=1), normal(3, 2, seed=2), soft_rows(6, 3)
+    value = variational_coding_rate(z, U, weights, EPS, shift=shift)
+    # A shift is one more coordinate, which is 1 for every token; eps counts the dimensions of a token.
+    longer = F.pad(z, (0, 1), value=1.0)
+    expected = variational_coding_rate(
+        longer, torch.cat([U, shift[:, None]], 1), weights, EPS * math.sqrt(5 / 4)
+    )
+    close(value, expected)
+
+
+def test_variational_rate_under_autocast_and_in_half_precision_is_a_float32_number():
+    z, U, weights = FEATURES["full rank"], orthonormal(4, 64, 16).float(), soft_rows(256, 4).float()
+    exact = variational_coding_rate(z.double(), U.double(), weights.double(), 0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = variational_coding_rate(z, U, weights, 0.1)
+    assert narrow.dtype == torch.float32
+    assert relative_error(narrow, exact) < 1e-5
+    half = variational_coding_rate(z.bfloat16(), U, weights, 0.1)
+    assert half.dtype == torch.float32
+    assert (
+        relative_error(
+            half, variational_coding_rate(z.bfloat16().double(), U.double(), weights.double(), 0.1)
+        )
+        < 1e-5
+    )
+
+
+def test_variational_rate_of_tokens_whose_squares_float32_cannot_hold():
+    z, U, weights = 1e25 * FEATURES["full rank"], orthonormal(4, 64, 16).float(), soft_rows(256, 4).float()
+    assert z.square().isinf().any()
+    exact = variational_coding_rate(z.double(), U.double(), weights.double(), 0.1)
+    assert relative_error(variational_coding_rate(z, U, weights, 0.1), exact) < 1e-5
 
 
 def test_bits():
@@ -404,6 +530,7 @@ def test_eps_must_be_positive(eps):
         lambda: coding_rate(z, eps),
         lambda: class_coding_rate(z, labels, eps),
         lambda: subspace_coding_rate(z, U, eps),
+        lambda: variational_coding_rate(z, U, labels, eps),
         lambda: rate_reduction(z, labels, eps),
         lambda: sparse_rate_reduction(z, U, eps, 0.1),
     ):
@@ -422,6 +549,22 @@ def test_eps_must_be_positive(eps):
             r"U has shape \(1, 4, 1\); expected \(K, 2, p\)",
         ),
         (lambda: subspace_coding_rate(torch.ones(3, 2), torch.ones(2, 1), 1.0), r"U has shape \(2, 1\)"),
+        (
+            lambda: variational_coding_rate(torch.ones(3, 2), torch.ones(1, 4, 1), torch.ones(3, 1), 1.0),
+            r"U has shape \(1, 4, 1\); expected \(K, 2, p\)",
+        ),
+        (
+            lambda: variational_coding_rate(torch.ones(3, 2), torch.ones(4, 2, 1), torch.ones(3, 1), 1.0),
+            "tells 1 groups apart; expected one for each of 4 subspaces",
+        ),
+        (
+            lambda: variational_coding_rate(torch.ones(3, 2), torch.ones(2, 2, 1), torch.arange(3), 1.0),
+            "labels must be below 2, the number of subspaces",
+        ),
+        (
+            lambda: variational_coding_rate(torch.ones(3, 2), torch.ones(2, 2, 1), torch.ones(4, 2), 1.0),
+            r"soft membership has shape \(4, 2\); expected \(\.\.\., 3, K\)",
+        ),
         (
             lambda: class_coding_rate(torch.ones(3, 2), torch.zeros(4, dtype=torch.long), 1.0),
             r"labels have shape \(4,\); expected \(\.\.\., 3\)",

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
-from pellucid.objectives import lasso, nonnegative_lasso, nonzero_fraction, squared_error
+from pellucid.objectives import lasso, masked_error, nonnegative_lasso, nonzero_fraction, squared_error
 
 LAM = 0.3
 
@@ -124,3 +124,63 @@ def test_shapes_that_do_not_fit_are_all_named(objective, z, x, D):
         objective(torch.ones(z), torch.ones(x), torch.ones(D))
     for shape in (z, x, D):
         assert str(tuple(shape)) in str(error.value)
+
+
+# --- masked error -----------------------------------------------------------------------------------------
+
+
+@st.composite
+def masked(draw):
+    """A prediction, its target and a mask under which every sample hides at least one token."""
+    b, n, d = (draw(st.integers(1, 5)) for _ in range(3))
+    seed = draw(st.integers(0, 10**6))
+    mask = torch.rand(b, n, generator=torch.Generator().manual_seed(seed)) < draw(st.floats(0, 1))
+    mask[:, draw(st.integers(0, n - 1))] = True
+    return normal(b, n, d, seed=seed), normal(b, n, d, seed=seed + 1), mask
+
+
+@given(problem=masked())
+def test_masked_error_is_the_mean_over_hidden_numbers(problem):
+    prediction, target, mask = problem
+    expected = [((p - t)[m] ** 2).mean() for p, t, m in zip(prediction, target, mask, strict=True)]
+    torch.testing.assert_close(masked_error(prediction, target, mask), torch.stack(expected))
+    everything = (prediction - target).square().mean((-2, -1))
+    torch.testing.assert_close(masked_error(prediction, target, torch.ones_like(mask)), everything)
+
+
+@pytest.mark.parametrize("other", [100.0, float("nan"), float("inf")])
+def test_what_is_visible_does_not_matter(other):
+    prediction, target = normal(2, 4, 3), normal(2, 4, 3, seed=1)
+    mask = torch.tensor([[True, False, True, False], [False, False, False, True]])
+    value = masked_error(prediction, target, mask)
+    assert (value > 0).all()
+    changed = prediction.masked_fill(~mask[..., None], other)
+    assert torch.equal(masked_error(changed, target, mask), value)
+
+
+def test_only_hidden_tokens_get_a_gradient():
+    prediction, target = normal(2, 4, 3).requires_grad_(), normal(2, 4, 3, seed=1)
+    mask = torch.tensor([[True, False, True, False], [False, False, False, True]])
+    masked_error(prediction, target, mask).sum().backward()
+    expected = 2 * (prediction - target) / 3 / mask.sum(-1)[:, None, None]
+    torch.testing.assert_close(prediction.grad, torch.where(mask[..., None], expected, 0.0).detach())
+    assert gradcheck(lambda p: masked_error(p, target, mask), (prediction,))
+
+
+def test_nothing_masked_is_nan_for_that_sample_alone():
+    mask = torch.tensor([[False, False], [True, False]])
+    value = masked_error(torch.zeros(2, 2, 3), torch.ones(2, 2, 3), mask)
+    assert value[0].isnan()
+    assert value[1] == 1
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize(
+    ("prediction", "target", "mask"),
+    [((2, 4, 3), (2, 4, 1), (2, 4)), ((2, 4, 3), (1, 4, 3), (2, 4)), ((2, 4, 3), (2, 4, 3), (2, 1))],
+)
+def test_masked_error_does_not_broadcast(prediction, target, mask):
+    with pytest.raises(ValueError, match="do not fit") as error:
+        masked_error(torch.ones(prediction), torch.ones(target), torch.ones(mask, dtype=torch.bool))
+    for shape in (prediction, target, mask):
+        assert str(shape) in str(error.value)

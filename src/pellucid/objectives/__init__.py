@@ -12,6 +12,7 @@ from pellucid.objectives.coding_rate import (
     rate_reduction,
     sparse_rate_reduction,
     subspace_coding_rate,
+    variational_coding_rate,
 )
 from pellucid.objectives.reconstruction import (
     lasso,
@@ -33,4 +34,5 @@ __all__ = [
     "sparse_rate_reduction",
     "squared_error",
     "subspace_coding_rate",
+    "variational_coding_rate",
 ]

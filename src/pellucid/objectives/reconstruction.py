@@ -60,6 +60,21 @@ def nonzero_fraction(z: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b"]:
 def masked_error(
     prediction: Float[Tensor, "b n d"], target: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"]
 ) -> Float[Tensor, " b"]:
-    """Mean squared error over the masked tokens of each sample; NaN where none is masked."""
-    error = (prediction - target).square().mean(-1)
-    return (error * mask).sum(-1) / mask.sum(-1)
+    """Mean squared error over the masked tokens of each sample; NaN where none is masked.
+
+    What the other tokens hold does not matter.
+
+    Args:
+        prediction, target: tokens ``(b, n, d)``.
+        mask: ``(b, n)``, true where a token was hidden.
+
+    Raises:
+        ValueError: shapes that do not fit, naming all three.
+    """
+    if prediction.shape != target.shape or mask.shape != prediction.shape[:-1]:
+        raise ValueError(
+            f"prediction {tuple(prediction.shape)}, target {tuple(target.shape)} and mask "
+            f"{tuple(mask.shape)} do not fit: expected (b, n, d) twice and (b, n)"
+        )
+    error = (prediction - target).square().mean(-1).masked_fill(~mask, 0)
+    return error.sum(-1) / mask.sum(-1)
