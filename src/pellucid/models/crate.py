@@ -12,7 +12,7 @@ scale, no factor on the residual, and with ``compression="untied"`` a free outpu
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from timm.models import generate_default_cfgs
@@ -29,11 +29,13 @@ from pellucid.steps import (
     OvercompleteISTA,
     SoftISTA,
     Step,
+    StrictCompression,
+    StrictISTA,
     UntiedMSSA,
 )
 
-Compression = Literal["tied", "untied", "exact", "mhsa"]
-Sparsification = Literal["ista", "soft", "mlp"]
+Compression = Literal["tied", "untied", "exact", "strict", "mhsa"]
+Sparsification = Literal["ista", "soft", "strict", "mlp"]
 
 
 def build_layer(
@@ -51,6 +53,7 @@ def build_layer(
     decoupled: bool,
     residual: bool,
     norm_eps: float,
+    orthonormal: bool,
 ) -> nn.ModuleDict:
     """One layer of CRATE: compress, then sparsify."""
     norm = partial(nn.LayerNorm, dim, eps=norm_eps)
@@ -58,15 +61,21 @@ def build_layer(
     sparsify: Step
     if compression == "mhsa":
         compress = MHSA(dim, num_heads, norm=norm())
+    elif compression == "strict":
+        compress = StrictCompression(dim, num_heads, eps=eps, enter=norm())
     else:
         made: Any = {
             "tied": MSSA,
             "untied": partial(UntiedMSSA, output_bias=output_bias),
             "exact": ExactCompression,
         }[compression]
-        compress = made(dim, num_heads, step_size=compress_step_size, eps=eps, norm=norm())
+        compress = made(
+            dim, num_heads, step_size=compress_step_size, eps=eps, norm=norm(), orthonormal=orthonormal
+        )
     if sparsification == "mlp":
         sparsify = MLP(dim, norm=norm())
+    elif sparsification == "strict":
+        sparsify = StrictISTA(dim, sparsity=sparsity, enter=norm())
     elif overcomplete > 1 or decoupled or residual:
         sparsify = OvercompleteISTA(
             dim,
@@ -94,11 +103,14 @@ class CRATE(Backbone):
         embed_dim, depth: width of a token and number of layers.
         num_heads: subspaces of each layer, each of dimension ``embed_dim // num_heads``.
         compression: ``"tied"`` (MSSA as derived), ``"untied"`` (as published), ``"exact"`` (gradient of R^c),
-            ``"mhsa"`` (a black box: ordinary attention).
+            ``"strict"`` (the same, orthonormal, with a learned step that is never too long), ``"mhsa"`` (a
+            black box: ordinary attention).
         compress_step_size: length of the compression step; 1 as published.
         output_bias: with ``"untied"``, of its output; CRATE-alpha has none.
-        sparsification: ``"ista"`` (non-negative, as published), ``"soft"`` (codes of either sign), ``"mlp"``
-            (a black box).
+        orthonormal: hold the bases of all subspaces of a layer orthonormal and without overlap.
+        sparsification: ``"ista"`` (non-negative, as published), ``"soft"`` (codes of either sign),
+            ``"strict"`` (the same, with step size and sparsity learned inside the bound), ``"mlp"`` (a black
+            box).
         step_size, sparsity: of ISTA; 0.1 and 0.1 as published.
         overcomplete: atoms for each dimension of a token; 4 in CRATE-alpha.
         decoupled: another dictionary speaks the code back, as in CRATE-alpha.
@@ -127,6 +139,7 @@ class CRATE(Backbone):
         compression: Compression = "tied",
         compress_step_size: float = 1.0,
         output_bias: bool = True,
+        orthonormal: bool = False,
         sparsification: Sparsification = "ista",
         step_size: float = 0.1,
         sparsity: float = 0.1,
@@ -170,6 +183,7 @@ class CRATE(Backbone):
                 decoupled=decoupled,
                 residual=residual,
                 norm_eps=norm_eps,
+                orthonormal=orthonormal,
             )
             for _ in range(depth)
         ]
@@ -199,8 +213,8 @@ def _check_options(
     compression: str, sparsification: str, overcomplete: int, decoupled: bool, residual: bool
 ) -> None:
     for name, value, known in (
-        ("compression", compression, ("tied", "untied", "exact", "mhsa")),
-        ("sparsification", sparsification, ("ista", "soft", "mlp")),
+        ("compression", compression, get_args(Compression)),
+        ("sparsification", sparsification, get_args(Sparsification)),
     ):
         if value not in known:
             raise ValueError(f"{name} is {value!r}; known: {', '.join(map(repr, known))}")
@@ -246,6 +260,9 @@ SMALL_PICTURES: dict[str, Any] = {"compression": "tied", "stem": "conv", "step_s
 """For small pictures: a patch of few pixels loses its brightness in the published stem's LayerNorm, and with
 few layers a longer ISTA step learns more."""
 
+STRICT: dict[str, Any] = {"compression": "strict", "sparsification": "strict", "stem": "conv", "eps": 1.0}
+"""Both steps held to their bounds, with a distortion of the size of a normalised token's coordinate."""
+
 MICRO: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 12}
 DIGITS: dict[str, Any] = {
     "img_size": 8,
@@ -280,8 +297,12 @@ def _variants() -> dict[str, tuple[str, dict[str, Any]]]:
                 {"patch_size": patch, **sizes, **ALPHA},
             )
     small = {"micro_patch4_32": MICRO, "digits": DIGITS}
+    for size in ("tiny", "small", "base"):
+        strict = {**CRATE_SIZES[size], **STRICT}
+        found[f"crate_strict_{size}_patch16_224"] = ("Every step proved to descend.", strict)
     for place, sizes in small.items():
         found[f"crate_{place}"] = ("CRATE for small pictures, tied.", {**sizes, **SMALL_PICTURES})
+        found[f"crate_strict_{place}"] = ("Every step proved to descend.", {**sizes, **STRICT})
         found[f"crate_alpha_{place}"] = ("CRATE-alpha for small pictures.", {**sizes, **ALPHA})
     for name, halves in ABLATION.items():
         what = "The published ablation of CRATE: " + " and ".join(name.split("_")).upper() + "."

@@ -12,6 +12,7 @@ from pellucid.objectives.coding_rate import (
     rate_reduction,
     sparse_rate_reduction,
     subspace_coding_rate,
+    subspace_overlap,
     variational_coding_rate,
 )
 from pellucid.objectives.reconstruction import (
@@ -34,5 +35,6 @@ __all__ = [
     "sparse_rate_reduction",
     "squared_error",
     "subspace_coding_rate",
+    "subspace_overlap",
     "variational_coding_rate",
 ]

@@ -169,6 +169,17 @@ def rate_reduction(
     return coding_rate(z, eps) - class_coding_rate(z, membership, eps)
 
 
+def subspace_overlap(U: Float[Tensor, "K d p"]) -> Float[Tensor, ""]:
+    r"""Distance from orthonormal bases without overlap, squared: :math:`\|\bar U^\top \bar U - I\|_F^2`.
+
+    :math:`\bar U = [U_1 \cdots U_K]`. Diagonal blocks ask that each basis is orthonormal, the others that the
+    subspaces are incoherent. Zero if and only if both hold.
+    """
+    stacked = U.transpose(0, 1).flatten(1)
+    gram = stacked.mT @ stacked
+    return (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).square().sum()
+
+
 def sparse_rate_reduction(
     z: Float[Tensor, "*b n d"], U: Float[Tensor, "K d p"], eps: float, sparsity: float
 ) -> Float[Tensor, "*b"]:

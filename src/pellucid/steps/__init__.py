@@ -5,6 +5,7 @@ from pellucid.steps.ista import ISTA, SoftISTA, Synthesis
 from pellucid.steps.mssa import MSSA, Decompression, ExactCompression, SubspaceStep, UntiedMSSA
 from pellucid.steps.overcomplete import OvercompleteISTA
 from pellucid.steps.step import OnStep, Step, StepRecord, unroll
+from pellucid.steps.strict import StrictCompression, StrictISTA
 from pellucid.steps.tssa import TSSA, UntiedTSSA
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "SoftISTA",
     "Step",
     "StepRecord",
+    "StrictCompression",
+    "StrictISTA",
     "SubspaceStep",
     "Synthesis",
     "UntiedMSSA",

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from pellucid.objectives.coding_rate import coding_rate, subspace_coding_rate
 from pellucid.steps.step import Step
@@ -39,6 +40,8 @@ class SubspaceStep(Step):
         norm: applied to the tokens before projection; none unless given.
         enter: see :class:`~pellucid.steps.step.Step`.
         bias: projections may be shifted, as published ToST's are.
+        orthonormal: keep all bases orthonormal and without overlap, whatever is learnt, through
+            :class:`Orthonormal`.
     """
 
     objective_name = "R^c(Z | U)"
@@ -54,6 +57,7 @@ class SubspaceStep(Step):
         norm: nn.Module | None = None,
         enter: nn.Module | None = None,
         bias: bool = False,
+        orthonormal: bool = False,
     ) -> None:
         super().__init__(enter)
         if head_dim is None:
@@ -70,6 +74,13 @@ class SubspaceStep(Step):
         nn.init.orthogonal_(self.subspaces.weight)
         if bias:
             nn.init.zeros_(self.subspaces.bias)
+        if orthonormal:
+            if num_heads * head_dim > dim:
+                raise ValueError(
+                    f"{num_heads} subspaces of dimension {head_dim} overlap in {dim} dimensions - take fewer "
+                    f"or smaller ones, or orthonormal=False"
+                )
+            parametrize.register_parametrization(self.subspaces, "weight", Orthonormal())
 
     @property
     def U(self) -> Float[Tensor, "K d p"]:  # noqa: N802
@@ -154,9 +165,19 @@ class UntiedMSSA(AttentionStep):
         eps: float = 0.1,
         norm: nn.Module | None = None,
         enter: nn.Module | None = None,
+        orthonormal: bool = False,
         output_bias: bool = True,
     ) -> None:
-        super().__init__(dim, num_heads, head_dim, step_size=step_size, eps=eps, norm=norm, enter=enter)
+        super().__init__(
+            dim,
+            num_heads,
+            head_dim,
+            step_size=step_size,
+            eps=eps,
+            norm=norm,
+            enter=enter,
+            orthonormal=orthonormal,
+        )
         self.output = output_map(self.subspaces, output_bias)
 
     def direction(self, w: Float[Tensor, "b K n p"]) -> Float[Tensor, "b n d"]:
@@ -216,6 +237,20 @@ class ExactCompression(SubspaceStep):
         b = self.head_dim / (num_tokens * self.eps**2)
         spectral = torch.linalg.matrix_norm(self.subspaces.weight.detach().float(), 2).item()
         return 2 / (b * spectral**2)
+
+
+class Orthonormal(nn.Module):
+    """Rows made orthonormal, in order: a parametrisation of all bases at once, so that none overlap."""
+
+    def forward(self, matrix: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
+        with torch.autocast(matrix.device.type, enabled=False):
+            wide = matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
+            factor = torch.linalg.cholesky(wide @ wide.mT)
+            return torch.linalg.solve_triangular(factor, wide, upper=False).to(matrix.dtype)
+
+    def right_inverse(self, matrix: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
+        """What an orthonormal matrix is made from: itself."""
+        return matrix
 
 
 def output_map(subspaces: nn.Linear, bias: bool) -> nn.Linear:

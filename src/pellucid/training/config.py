@@ -43,6 +43,7 @@ class TrainConfig:
         weight_decay: decoupled.
         warmup: share of the run over which rates rise.
         label_smoothing: share of the target spread over all classes.
+        incoherence: weight of a penalty on subspaces that overlap or are not orthonormal, mean over layers.
         clip: largest norm of the gradient; 0 leaves it alone.
         average: decay of averaged weights; 0 keeps none.
         augment: ``small`` (turn, shift, scale), ``photo`` (random crop), ``none``, or by the data.
@@ -75,6 +76,7 @@ class TrainConfig:
     weight_decay: float = 0.05
     warmup: float = 0.05
     label_smoothing: float = 0.1
+    incoherence: float = 0.0
     clip: float = 0.0
     average: float = 0.0
     augment: Augment = "auto"
@@ -107,7 +109,16 @@ class TrainConfig:
         for key in ("epochs", "batch_size", "accumulate", "lr", "matrix_lr"):
             if not getattr(self, key) > 0:
                 raise ConfigError(f"{key} is {getattr(self, key)}; it must be larger than 0")
-        for key in ("weight_decay", "clip", "workers", "threads", "eval_every", "save_every", "seed"):
+        for key in (
+            "weight_decay",
+            "incoherence",
+            "clip",
+            "workers",
+            "threads",
+            "eval_every",
+            "save_every",
+            "seed",
+        ):
             if getattr(self, key) < 0:
                 raise ConfigError(f"{key} is {getattr(self, key)}; it must not be negative")
         for key in ("warmup", "label_smoothing", "average", "max_bad"):

@@ -37,7 +37,7 @@ from pellucid.training.recorder import Recorder, StopFlag, read_lines
 from pellucid.training.supervised import Supervised
 
 OBJECTIVES: dict[str, Callable[[nn.Module, TrainConfig], nn.Module]] = {
-    "supervised": lambda model, config: Supervised(model, config.label_smoothing),
+    "supervised": lambda model, config: Supervised(model, config.label_smoothing, config.incoherence),
 }
 
 Say = Callable[[str], None]
