@@ -15,12 +15,13 @@ from pellucid.steps import (
     MLP,
     MSSA,
     TSSA,
-    BlackBox,
     Decompression,
     ExactCompression,
     OvercompleteISTA,
     SoftISTA,
     Step,
+    StrictCompression,
+    StrictISTA,
     Synthesis,
     UntiedMSSA,
     UntiedTSSA,
@@ -35,6 +36,8 @@ MAKE = {
     MSSA: lambda **kw: MSSA(DIM, 2, **kw),
     UntiedMSSA: lambda **kw: UntiedMSSA(DIM, 2, **kw),
     ExactCompression: lambda **kw: ExactCompression(DIM, 2, **kw),
+    StrictCompression: lambda **kw: StrictCompression(DIM, 2, **kw),
+    StrictISTA: lambda **kw: StrictISTA(DIM, **kw),
     Decompression: lambda **kw: Decompression(DIM, 2, **kw),
     TSSA: lambda **kw: TSSA(DIM, 2, eps=0.5, **kw),
     UntiedTSSA: lambda **kw: UntiedTSSA(DIM, 2, layer_scale=0.5, **kw),
@@ -58,8 +61,11 @@ def final_steps() -> list[type[Step]]:
 
 
 def pytest_generate_tests(metafunc):
-    if "step_class" in metafunc.fixturenames:
-        metafunc.parametrize("step_class", final_steps(), ids=lambda cls: cls.__name__)
+    """``step_class``: all of them. ``lowering_class``: those that say what they lower."""
+    lowering = [cls for cls in final_steps() if getattr(cls, "objective_name", "") is not None]
+    for name, classes in (("step_class", final_steps()), ("lowering_class", lowering)):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, classes, ids=lambda cls: cls.__name__)
 
 
 @pytest.fixture
@@ -79,10 +85,12 @@ def make():
 
 @pytest.fixture
 def tokens():
-    """``tokens(b, n, seed=0, dtype=float64)`` of width DIM."""
+    """``tokens(b, n, seed=0, dtype=float64, width=DIM)``."""
 
-    def build(b: int = 3, n: int = 5, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-        return torch.randn(b, n, DIM, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    def build(
+        b: int = 3, n: int = 5, seed: int = 0, dtype: torch.dtype = torch.float64, width: int = DIM
+    ) -> torch.Tensor:
+        return torch.randn(b, n, width, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
     return build
 

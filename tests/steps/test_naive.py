@@ -1,10 +1,28 @@
 """Every step beside its formula, written as in the papers: tokens in columns, nothing saved, float64."""
 
+import inspect
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from pellucid.steps import ISTA, MSSA, ExactCompression, SoftISTA, UntiedMSSA
+from pellucid.steps import (
+    ISTA,
+    MHSA,
+    MLP,
+    MSSA,
+    TSSA,
+    Decompression,
+    ExactCompression,
+    OvercompleteISTA,
+    SoftISTA,
+    StrictCompression,
+    StrictISTA,
+    Synthesis,
+    UntiedMSSA,
+    UntiedTSSA,
+)
 
 
 def relu(v):
@@ -38,16 +56,124 @@ def naive_mssa(step, Z, X):
 def naive_untied_mssa(step, Z, X):
     N = step.norm(Z.T).T
     stacked = torch.cat([attention_of(U.T @ N, step.head_dim**-0.5) for U in step.U])
-    return Z + step.step_size * (step.output.weight @ stacked + step.output.bias[:, None])
+    bias = 0 if step.output.bias is None else step.output.bias[:, None]
+    return Z + step.step_size * (step.output.weight @ stacked + bias)
+
+
+def naive_decompression(step, Z, X):
+    return 2 * Z - naive_untied_mssa(step, Z, X)
+
+
+def gradient_of_rate(bases, N, b):
+    eye = torch.eye(N.shape[1], dtype=N.dtype)
+    return sum(b * U @ U.T @ N @ torch.linalg.inv(eye + b * (U.T @ N).T @ (U.T @ N)) for U in bases)
 
 
 def naive_exact_compression(step, Z, X):
     N = step.norm(Z.T).T
-    n, p = Z.shape[1], step.head_dim
-    b = p / (n * step.eps**2)
-    eye = torch.eye(n, dtype=Z.dtype)
-    gradient = sum(b * U @ U.T @ N @ torch.linalg.inv(eye + b * (U.T @ N).T @ (U.T @ N)) for U in step.U)
-    return Z - step.step_size * gradient
+    b = step.head_dim / (Z.shape[1] * step.eps**2)
+    return Z - step.step_size * gradient_of_rate(step.U, N, b)
+
+
+def naive_strict_compression(step, Z, X):
+    rows = []  # Gram and Schmidt's
+    for row in step.subspaces.parametrizations.weight.original:
+        for earlier in rows:
+            row = row - (row @ earlier) * earlier
+        rows.append(row / row.norm())
+    bases = [torch.stack(rows[i : i + step.head_dim], 1) for i in range(0, len(rows), step.head_dim)]
+    b = step.head_dim / (Z.shape[1] * step.eps**2)
+    return Z - torch.sigmoid(step.share) * 2 / b * gradient_of_rate(bases, Z, b)
+
+
+def naive_strict_ista(step, Z, X):
+    D, lam = step.dictionary, torch.exp(step.log_sparsity)
+    beta = (torch.linalg.svdvals(D) ** 128).sum() ** (1 / 64)
+    eta = torch.sigmoid(step.share) * 2 / beta
+    return soft_threshold(Z + eta * D.T @ (X - D @ Z), eta * lam)
+
+
+def naive_synthesis(step, Z, X):
+    return torch.stack([sum(a * atom for a, atom in zip(z, step.dictionary.T, strict=True)) for z in Z.T], 1)
+
+
+def naive_overcomplete(step, Z, X):
+    D, eta, lam, codes = step.dictionary, step.step_size, step.sparsity, []
+    for x in step.norm(Z.T):
+        a = x if D.shape[0] == D.shape[1] else torch.zeros(D.shape[1], dtype=Z.dtype)
+        for _ in range(step.iterations):
+            a = relu(a + eta * (D.T @ (x - D @ a)) - eta * lam)
+        codes.append(a)
+    A = torch.stack(codes, 1)
+    if step.output is not None:
+        A = step.output @ A
+    elif D.shape[0] != D.shape[1]:
+        A = D @ A
+    return Z + A if step.residual else A
+
+
+def statistics(step, Z):
+    """For each head its rows ``W_k = U_k^T Z``, the weights pi_k of the tokens, and the diagonal of D_k."""
+    N, n, p = step.norm(Z.T).T, Z.shape[1], step.head_dim
+    W = step.subspaces.weight @ N
+    if step.subspaces.bias is not None:
+        W = W + step.subspaces.bias[:, None]
+    heads = [W[k * p : (k + 1) * p] for k in range(step.num_heads)]
+    membership = []
+    for j in range(n):
+        logits = [
+            step.temperature[k] * sum(row[j] ** 2 / (row @ row) for row in rows)
+            for k, rows in enumerate(heads)
+        ]
+        total = sum(torch.exp(logit) for logit in logits)
+        membership.append(torch.stack([torch.exp(logit) / total for logit in logits]))
+    Pi = torch.stack(membership)
+    s = Z.shape[0] / step.eps**2
+    slopes = [
+        torch.stack([s / (1 + s * (pi @ row**2) / pi.sum()) for row in rows])
+        for rows, pi in zip(heads, Pi.T, strict=True)
+    ]
+    return heads, Pi, slopes
+
+
+def naive_tssa(step, Z, X):
+    heads, Pi, slopes = statistics(step, Z)
+    moved = torch.zeros_like(Z)
+    for U, W, pi, D in zip(step.U, heads, Pi.T, slopes, strict=True):
+        moved = moved + U @ torch.diag(D) @ W @ torch.diag(pi)
+    return Z - step.step_size * moved
+
+
+def naive_untied_tssa(step, Z, X):
+    heads, Pi, slopes = statistics(step, Z)
+    stacked = torch.cat(
+        [torch.diag(D) @ W @ torch.diag(pi) for W, pi, D in zip(heads, Pi.T, slopes, strict=True)]
+    )
+    moved = step.output.weight @ -stacked + step.output.bias[:, None]
+    return Z + step.step_size * (moved if step.layer_scale is None else torch.diag(step.layer_scale) @ moved)
+
+
+def residual(step, Z, moved):
+    return Z + (moved if step.layer_scale is None else torch.diag(step.layer_scale) @ moved)
+
+
+def naive_mhsa(step, Z, X):
+    N, (d, n), K = step.norm(Z.T).T, Z.shape, step.num_heads
+    Q, keys, V = ((step.qkv.weight @ N + step.qkv.bias[:, None])[i * d : (i + 1) * d] for i in range(3))
+    mixed = []
+    for rows in torch.arange(d).chunk(K):
+        columns = []
+        for j in range(n):
+            similar = [torch.exp(Q[rows, j] @ keys[rows, i] / math.sqrt(d // K)) for i in range(n)]
+            columns.append(sum(s * V[rows, i] for i, s in enumerate(similar)) / sum(similar))
+        mixed.append(torch.stack(columns, 1))
+    return residual(step, Z, step.output.weight @ torch.cat(mixed) + step.output.bias[:, None])
+
+
+def naive_mlp(step, Z, X):
+    inner = step.fc1.weight @ step.norm(Z.T).T + step.fc1.bias[:, None]
+    gelu = inner / 2 * (1 + torch.special.erf(inner / math.sqrt(2)))
+    return residual(step, Z, step.fc2.weight @ gelu + step.fc2.bias[:, None])
 
 
 NAIVE = {
@@ -56,6 +182,33 @@ NAIVE = {
     MSSA: naive_mssa,
     UntiedMSSA: naive_untied_mssa,
     ExactCompression: naive_exact_compression,
+    StrictCompression: naive_strict_compression,
+    StrictISTA: naive_strict_ista,
+    Decompression: naive_decompression,
+    Synthesis: naive_synthesis,
+    OvercompleteISTA: naive_overcomplete,
+    TSSA: naive_tssa,
+    UntiedTSSA: naive_untied_tssa,
+    MHSA: naive_mhsa,
+    MLP: naive_mlp,
+}
+
+# Beside the step size and the norm: what else a class can be told that changes its numbers.
+OPTIONS = {
+    OvercompleteISTA: [
+        {"decoupled": False},
+        {"residual": False},
+        {"iterations": 4},
+        {"iterations": 1},
+        {"num_atoms": 6},
+        {"num_atoms": 6, "decoupled": False, "residual": False},
+        {"num_atoms": 3},
+    ],
+    UntiedMSSA: [{"output_bias": False}],
+    TSSA: [{"bias": True}, {"head_dim": 2}],
+    UntiedTSSA: [{"bias": False}, {"head_dim": 4}],
+    MHSA: [{"layer_scale": 0.5}],
+    MLP: [{"layer_scale": 0.5}, {"ratio": 1.5}],
 }
 
 
@@ -77,10 +230,10 @@ def test_every_final_step_has_a_naive_form(step_class):
 @pytest.mark.parametrize("n", [1, 2, 3, 7])  # fewer, as many and more tokens than dimensions of a subspace
 @pytest.mark.parametrize("with_signal", [False, True])
 def test_equals_its_formula_in_output_and_gradients(step_class, make, tokens, norm, n, with_signal):
-    has_norm = hasattr(make(step_class), "norm")
-    for options in (
-        [{"step_size": 0.3}, {"step_size": 0.1, "norm": norm}] if has_norm else [{"step_size": 0.3}]
-    ):
+    known = inspect.signature(step_class).parameters
+    choices = [{"step_size": 0.3}, {"step_size": 0.1, "norm": norm}]
+    choices = [{key: value for key, value in choice.items() if key in known} for choice in choices]
+    for options in [*choices, *OPTIONS.get(step_class, [])]:
         step = make(step_class, **options)
         z, weight = tokens(3, n), tokens(3, n, seed=8)
         x = tokens(3, n, seed=1) if with_signal else None

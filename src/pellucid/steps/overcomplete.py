@@ -100,7 +100,7 @@ class OvercompleteISTA(Step):
         return code if self.complete else code @ self.dictionary.mT
 
     def objective(
-        self, z: Float[Tensor, "b n m"], start: Float[Tensor, "b n m"], x: Tensor | None = None
+        self, z: Float[Tensor, "b n m"], start: Float[Tensor, "b n _"], x: Tensor | None = None
     ) -> Float[Tensor, " b"]:
         """The LASSO of codes ``z`` of the signal ``x``; of the signal ``start`` where there is none."""
         return lasso(z, start if x is None else x, self.dictionary, self.sparsity)

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pellucid.objectives.coding_rate import variational_coding_rate
 from pellucid.steps.mssa import SubspaceStep, output_map
 
 
@@ -73,7 +74,8 @@ class TSSA(SubspaceStep):
         self, w: Float[Tensor, "b K n p"], membership: Float[Tensor, "b K n"]
     ) -> Float[Tensor, "b K p"]:
         """Second moments of each coordinate of each subspace, over the tokens that belong to it."""
-        weights = membership / (membership.sum(-1, keepdim=True) + 1e-8)
+        # Published: + 1e-8. This is exact for every group larger than that.
+        weights = membership / membership.sum(-1, keepdim=True).clamp_min(1e-8)
         return (weights.unsqueeze(-2) @ w.square()).squeeze(-2)
 
     def directions(self, w: Float[Tensor, "b K n p"]) -> Float[Tensor, "b n Kp"]:
@@ -88,9 +90,12 @@ class TSSA(SubspaceStep):
     def objective(
         self, z: Float[Tensor, "b n d"], start: Float[Tensor, "b n d"], x: Tensor | None = None
     ) -> Float[Tensor, " b"]:
-        membership = self.membership(self.project(start))
-        logs = torch.log1p(self.scale * self.moments(self.project(z), membership)).sum(-1)
-        return (membership.mean(-1) * logs).sum(-1) / 2
+        # Rounded to half precision, a token's memberships would not sum to one.
+        w = self.project(start)
+        membership = self.membership(w.float() if w.dtype in (torch.float16, torch.bfloat16) else w)
+        bias: Tensor | None = self.subspaces.bias
+        shift = None if bias is None else bias.unflatten(0, (self.num_heads, self.head_dim))
+        return variational_coding_rate(self.norm(z), self.U, membership.mT, self.eps, shift=shift)
 
     def max_step_size(self, num_tokens: int | None = None) -> float | None:
         r""":math:`2 / (\tfrac{d}{\epsilon^2} \|\sum_k U_k U_k^\top\|_2)`; None behind a norm.
