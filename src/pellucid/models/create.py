@@ -51,10 +51,17 @@ def check_model_args(name: str, model_args: dict[str, Any]) -> None:
     """Refuse an option that the architecture does not have. Only ours are known by name."""
     if name not in ARCHITECTURES:
         return
-    known = set(inspect.signature(ARCHITECTURES[name]).parameters)
+    known = _options(ARCHITECTURES[name])
     for key in model_args:
         if key not in known | {"features_only", "out_indices"}:
             raise ConfigError(f"unknown model option '{key}' for {name}{suggest(key, known)}")
+
+
+def _options(cls: type) -> set[str]:
+    """Names that a constructor takes; what it hands on, its parent's too."""
+    parameters = inspect.signature(cls).parameters.values()
+    named = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+    return named if len(named) == len(parameters) else named | _options(cls.__mro__[1])
 
 
 def _names(family: ModuleType) -> set[str]:

@@ -62,13 +62,17 @@ class ISTA(Step):
     def forward(self, z: Float[Tensor, "b n m"], x: Tensor | None = None) -> Float[Tensor, "b n m"]:
         if x is not None:
             return self.shrink(self._gradient_step(z, x))
+        self.check_complete()
+        fold = self._choose_fold(z)
+        return self.shrink(self._gradient_step(z, z) if fold is None else z + z @ fold.to(z.dtype))
+
+    def check_complete(self) -> None:
+        """Tokens can be their own code only where there is one atom for each of their dimensions."""
         if self.dictionary.shape[0] != self.dictionary.shape[1]:
             raise ValueError(
                 f"a dictionary of {self.dictionary.shape[1]} atoms for tokens of width "
                 f"{self.dictionary.shape[0]} needs a start and a signal: step(code, signal)"
             )
-        fold = self._choose_fold(z)
-        return self.shrink(self._gradient_step(z, z) if fold is None else z + z @ fold.to(z.dtype))
 
     def shrink(self, v: Float[Tensor, "b n m"]) -> Float[Tensor, "b n m"]:
         r"""The proximal operator of :math:`\eta\lambda\|\cdot\|_1` on non-negative codes."""

@@ -117,6 +117,7 @@ class StrictISTA(SoftISTA):
     def forward(self, z: Float[Tensor, "b n m"], x: Tensor | None = None) -> Float[Tensor, "b n m"]:
         eta = self.share.sigmoid() * 2 / spectral_bound(self.dictionary)
         if x is None:
+            self.check_complete()
             fold = eta * (self.dictionary - self.dictionary.mT @ self.dictionary)
             moved = z + z @ fold.to(z.dtype)
         else:
