@@ -13,10 +13,11 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pellucid.objectives.reconstruction import lasso
 from pellucid.steps.ista import ISTA
-from pellucid.steps.step import Step, unroll
+from pellucid.steps.step import Step
 
 
 class OvercompleteISTA(Step):
@@ -90,14 +91,25 @@ class OvercompleteISTA(Step):
         signal = self.norm(z)
         if self.complete:
             return self.coder(signal)
-        first = self.coder.shrink(self.step_size * (signal @ self.dictionary))  # from zero
-        return unroll([self.coder] * (self.iterations - 1), first, signal)
+        return self._code_from_zero(signal.flatten(0, -2)).unflatten(0, signal.shape[:-1])
+
+    def _code_from_zero(self, signal: Float[Tensor, "t d"]) -> Float[Tensor, "t m"]:
+        """``unroll([coder] * iterations, zeros, signal)``, with what can be done inside a product done there.
+
+        A code is wider than a token, and each pass over it is felt beside the products.
+        """
+        D, eta, threshold = self.dictionary, self.step_size, self.step_size * self.sparsity
+        code = torch.addmm(signal.new_full((D.shape[1],), -threshold), signal, D, alpha=eta).relu_()
+        for _ in range(self.iterations - 1):
+            residual = signal - F.linear(code, D)
+            code = torch.addmm(code, residual, D, alpha=eta).sub_(threshold).relu_()
+        return code
 
     def decode(self, code: Float[Tensor, "b n m"]) -> Float[Tensor, "b n d"]:
         """Codes in the width of a token."""
         if self.output is not None:
-            return code @ self.output.mT
-        return code if self.complete else code @ self.dictionary.mT
+            return F.linear(code, self.output)
+        return code if self.complete else F.linear(code, self.dictionary)
 
     def objective(
         self, z: Float[Tensor, "b n m"], start: Float[Tensor, "b n _"], x: Tensor | None = None

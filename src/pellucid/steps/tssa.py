@@ -21,6 +21,9 @@ from torch.nn import functional as F
 from pellucid.objectives.coding_rate import variational_coding_rate
 from pellucid.steps.mssa import SubspaceStep, output_map
 
+SMALLEST_ENERGY = 1e-18
+"""Of a coordinate over all tokens, in front of a division: its inverse squared is still a number in float32."""
+
 
 class TSSA(SubspaceStep):
     r"""Token statistics self-attention as derived: gradient descent on :math:`R^c_{\mathrm{var}}`.
@@ -79,10 +82,24 @@ class TSSA(SubspaceStep):
         return (weights.unsqueeze(-2) @ w.square()).squeeze(-2)
 
     def directions(self, w: Float[Tensor, "b K n p"]) -> Float[Tensor, "b n Kp"]:
-        membership = self.membership(w)
-        slope = self.scale / (1 + self.scale * self.moments(w, membership))
-        moved = w * membership.unsqueeze(-1) * slope.unsqueeze(-2)
-        return -moved.transpose(-3, -2).flatten(-2)
+        r""":math:`-\operatorname{diag}(\pi_k)\, Z U_k D_k` of all subspaces side by side.
+
+        What follows is, with ``membership`` and ``slope`` of the class's formula,
+        ``-(w * membership.unsqueeze(-1) * slope.unsqueeze(-2))`` with the heads last. Sums over a head become
+        products with a matrix of blocks, so that tokens are read in the order in which they lie, and of the
+        intermediate results only the squares and the factors are as large as the tokens.
+        """
+        tokens = w.transpose(-3, -2).flatten(-2)  # b n Kp, no copy: w is a view of it
+        squares = tokens * tokens
+        heads = torch.eye(self.num_heads, dtype=w.dtype, device=w.device)
+        blocks = heads.unsqueeze(-1).expand(-1, -1, self.head_dim).flatten(-2)  # K Kp: whose coordinate it is
+
+        energy = squares.sum(-2, keepdim=True).clamp_min(SMALLEST_ENERGY)
+        membership = (squares @ (self.temperature[:, None] * blocks / energy).mT).softmax(-1)
+        weights = membership / membership.sum(-2, keepdim=True).clamp_min(1e-8)
+        moments = (weights.mT @ squares * blocks).sum(-2, keepdim=True)
+        slope = self.scale / (1 + self.scale * moments)
+        return tokens * (membership @ (blocks * -slope))
 
     def direction(self, w: Float[Tensor, "b K n p"]) -> Float[Tensor, "b n d"]:
         return self.directions(w) @ self.subspaces.weight
@@ -138,8 +155,10 @@ class UntiedTSSA(TSSA):
         self.layer_scale = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale))
 
     def direction(self, w: Float[Tensor, "b K n p"]) -> Float[Tensor, "b n d"]:
-        moved = self.output(self.directions(w))
-        return moved if self.layer_scale is None else moved * self.layer_scale
+        moved, output, scale = self.directions(w), self.output, self.layer_scale
+        if scale is None:
+            return output(moved)
+        return F.linear(moved, scale[:, None] * output.weight, scale * output.bias)  # few rows, many tokens
 
     def max_step_size(self, num_tokens: int | None = None) -> float | None:
         """None: nothing ties the output to the subspaces."""
