@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.linear_model import Lasso
 
-from pellucid.steps import ISTA, SoftISTA, unroll
+from pellucid.steps import ISTA, SoftISTA, Synthesis, unroll
 
 LAM = 0.3
 both = pytest.mark.parametrize("cls", [ISTA, SoftISTA])
@@ -112,6 +112,24 @@ def test_max_step_size_is_the_exact_spectral_bound():
 def test_a_wide_dictionary_needs_a_signal():
     with pytest.raises(ValueError, match=r"12 atoms for tokens of width 6 needs a start and a signal"):
         ISTA(6, 12)(torch.ones(1, 2, 12))
+
+
+def test_synthesis_speaks_what_a_free_code_in_an_orthogonal_dictionary_says():
+    """At step size 1 and no price the code of x is x D from any start, and Z D^T gives x back."""
+    step, x = SoftISTA(6, step_size=1.0, sparsity=0.0).double(), normal(2, 3, 6)
+    synthesis = Synthesis(6).double()
+    synthesis.load_state_dict(step.state_dict())
+    code = step(normal(2, 3, 6, seed=1), x)
+    torch.testing.assert_close(code, x @ step.dictionary, rtol=0, atol=1e-5)  # orthogonal in float32
+    torch.testing.assert_close(synthesis(code), x, rtol=0, atol=1e-5)
+    assert not torch.allclose(code, x)
+
+
+def test_synthesis_begins_as_a_rotation_and_is_linear():
+    step, z, other = Synthesis(6).double(), normal(2, 3, 6), normal(2, 3, 6, seed=1)
+    torch.testing.assert_close(step(z).norm(dim=-1), z.norm(dim=-1), rtol=1e-6, atol=0)  # made in float32
+    torch.testing.assert_close(step(2 * z - other), 2 * step(z) - step(other))
+    assert torch.equal(step(z, other), step(z))  # no signal has a say
 
 
 # --- three forms of one step ------------------------------------------------------------------------------

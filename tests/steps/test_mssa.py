@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pellucid.objectives import subspace_coding_rate
-from pellucid.steps import MSSA, ExactCompression, UntiedMSSA
+from pellucid.steps import MSSA, Decompression, ExactCompression, UntiedMSSA
 
 attention_steps = pytest.mark.parametrize("cls", [MSSA, UntiedMSSA])
 
@@ -136,6 +136,42 @@ def test_attention_lowers_the_rate_of_tokens_that_lie_in_bundles():
         assert step.objective(step(z), z) < 0.95 * step.objective(z, z)
 
 
+def test_decompression_is_compression_backwards():
+    there, back = UntiedMSSA(8, 2, step_size=0.3).double(), Decompression(8, 2, step_size=0.3).double()
+    back.load_state_dict(there.state_dict())
+    with torch.no_grad():
+        there.output.bias.copy_(normal(8, seed=4))
+        back.output.bias.copy_(there.output.bias)
+    z, other = normal(2, 5, 8), normal(2, 5, 8, seed=1)
+    torch.testing.assert_close(back(z) - z, z - there(z))
+    assert not torch.allclose(back(z), z)
+    assert back.objective_name == f"-{there.objective_name}"
+    assert torch.equal(back.objective(other, z), -there.objective(other, z))
+
+
+def test_decompression_raises_the_rate_that_compression_lowers():
+    """Tokens in bundles are drawn together by one and driven apart by the other."""
+    for seed in range(20):
+        bundles = 3 * normal(1, 2, 8, seed=seed).repeat_interleave(10, 1)
+        z = bundles + 0.5 * normal(1, 20, 8, seed=seed + 100)
+        there, back = UntiedMSSA(8, 2, step_size=0.3).double(), Decompression(8, 2, step_size=0.3).double()
+        back.load_state_dict(there.state_dict())
+        rate = there.objective(z, z)
+        assert there.objective(there(z), z) < 0.99 * rate
+        assert there.objective(back(z), z) > 1.01 * rate
+        before, after = back.before_and_after(z, back(z))
+        assert after < before  # downhill in its own terms
+
+
+@pytest.mark.parametrize("cls", [UntiedMSSA, Decompression])
+def test_the_output_bias_can_be_left_out(cls):
+    step, without = cls(8, 2).double(), cls(8, 2, output_bias=False).double()
+    assert without.state_dict().keys() == step.state_dict().keys() - {"output.bias"}
+    without.load_state_dict({name: p for name, p in step.state_dict().items() if name != "output.bias"})
+    z = normal(2, 5, 8)
+    torch.testing.assert_close(without(z), step(z))  # it begins at zero
+
+
 def test_max_step_size_is_a_lipschitz_bound_and_none_behind_a_norm():
     step = ExactCompression(8, 2, eps=0.5)
     b = 4 / (20 * 0.25)
@@ -179,7 +215,7 @@ def test_weights_are_formed_only_where_that_is_faster(monkeypatch):
 
 
 def test_heads_that_do_not_divide_the_width_are_refused_with_those_that_do():
-    for cls in (MSSA, UntiedMSSA, ExactCompression):
+    for cls in (MSSA, UntiedMSSA, Decompression, ExactCompression):
         with pytest.raises(ValueError, match=r"dim 8 is not divisible by num_heads 3.*\[1, 2, 4, 8\] heads"):
             cls(8, 3)
         assert cls(8, 3, head_dim=5)(torch.ones(1, 2, 8)).shape == (1, 2, 8)

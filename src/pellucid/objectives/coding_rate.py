@@ -99,9 +99,7 @@ def subspace_coding_rate(
     n, d = _check_tokens(z, eps)
     _check_bases(U, d)
     z = _at_least_float32(z)
-    with torch.autocast(z.device.type, enabled=False):
-        projected = z.unsqueeze(-3) @ U.to(z.dtype)
-    return _half_logdet(projected, U.shape[-1] / (n * eps**2)).sum(-1)
+    return _half_logdet(_project(z, U), U.shape[-1] / (n * eps**2)).sum(-1)
 
 
 def variational_coding_rate(
@@ -142,10 +140,10 @@ def variational_coding_rate(
         )
 
     def rate(z: Tensor, weights: Tensor) -> Tensor:
+        w = _project(z, U)
+        if shift is not None:
+            w = w + shift.to(z.dtype).unsqueeze(-2)
         with torch.autocast(z.device.type, enabled=False):
-            w = z.unsqueeze(-3) @ U.to(z.dtype)
-            if shift is not None:
-                w = w + shift.to(z.dtype).unsqueeze(-2)
             energy = (weights.mT.unsqueeze(-2) @ w.square()).squeeze(-2)
         size = weights.sum(-2)
         # An empty group has no energy either; any positive divisor gives its rate, which is 0.
@@ -200,6 +198,13 @@ def sparse_rate_reduction(
 def nats_to_bits(rate: Tensor) -> Tensor:
     """The same rate in bits."""
     return rate / math.log(2)
+
+
+def _project(z: Tensor, U: Tensor) -> Tensor:
+    """``z U_k`` for every k, ``(..., K, n, p)``: one product, where a broadcast one would copy z K times."""
+    with torch.autocast(z.device.type, enabled=False):
+        w = z @ U.to(z.dtype).transpose(0, 1).flatten(1)
+    return w.unflatten(-1, (U.shape[0], U.shape[2])).transpose(-3, -2)
 
 
 def _half_logdet(z: Tensor, scale: float | Tensor, weight: Tensor | None = None) -> Tensor:
