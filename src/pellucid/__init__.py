@@ -18,6 +18,7 @@ _HOMES = {
     "list_models": "pellucid.models",
     "load": "pellucid.models",
     "load_data": "pellucid.data",
+    "read_published": "pellucid.models",
     "train": "pellucid.training",
     "unroll": "pellucid.steps",
 }
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from pellucid.data import load_data
     from pellucid.glass.feed import batches
     from pellucid.measure import audit, evaluate
-    from pellucid.models import create_model, from_published, list_models, load
+    from pellucid.models import create_model, from_published, list_models, load, read_published
     from pellucid.steps import unroll
     from pellucid.training import train
 

@@ -334,6 +334,60 @@ def report(
 
 
 @app.command
+def convert(
+    file: Path,
+    *,
+    out: Annotated[Path, Parameter(("-o", "--out"))],
+    key: str | None = None,
+    model_arg: Annotated[list[str] | None, Parameter(consume_multiple=False)] = None,
+    class_names: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Turn a published checkpoint into a model/ folder, without running anything in it.
+
+    Parameters
+    ----------
+    file
+        A .pth, .pt, .bin, .npz or .safetensors file of CRATE, CRATE-alpha, CRATE-MAE, ToST, DINO, DINOv2,
+        SimDINO or SimDINOv2.
+    out
+        The folder to write.
+    key
+        The part of the file to take, such as teacher, student, model, model_ema or state_dict.
+    model_arg
+        What the file does not tell, as NAME=VALUE, such as num_heads=6; may be given several times.
+    class_names
+        A text file with one class a line, in the model's order.
+    overwrite
+        Replace the model in --out.
+    """
+    from pellucid.models.foreign import read_foreign
+    from pellucid.models.published import open_published
+
+    _refuse_model_folder(out, overwrite)
+    weights = read_foreign(file, key)
+    part = "" if weights.part is None else f", part '{weights.part}'"
+    left = f" (--key takes another: {', '.join(weights.others)})" if weights.others else ""
+    say(f"read: {file}{part}{left}")
+    found = open_published(weights.tensors, **_model_args(model_arg or []))
+    sizes = ", ".join(f"{name}={value}" for name, value in found.model.model_args.items())
+    say(f"recognised: {found.family}, as {found.model.architecture} with {sizes}")
+    if found.ignored:
+        say(f"left out, {len(found.ignored)} keys that the model has no use for: {', '.join(found.ignored)}")
+    count = found.model.num_classes
+    names = _read_names(class_names, count) if class_names else [f"class {i}" for i in range(count)]
+    parameters = _save_model(found.model, out, names)
+    gives = f"{count} classes" if count else "features only"
+    say(f"written: {out}, {parameters / 1e6:.3f} M parameters, {gives}")
+    say("")
+    say("What to try next:")
+    say(f"  pellucid audit {out} digits")
+    if count:
+        say(f"  pellucid predict {out} IMAGE")
+    say(f'  pellucid.load("{out}") in Python; timm and transformers read the folder too')
+
+
+@app.command
 def check(data: str, *, max_bad: float = 0.01, download: bool = False, data_root: str | None = None) -> None:
     """Look at every image of a data set and list what is wrong with it.
 
@@ -546,6 +600,10 @@ def _evaluation_data(run: Path, data: str | None, source: Source) -> ImageData:
 
 def _class_names(model: Any) -> list[str]:
     """What the model was taught; numbers for weights that came without names."""
+    if model.num_classes == 0:
+        raise CheckpointError(
+            "the model has no classifier, it gives features - audit it, or train one on top"
+        )
     return list(model.pretrained_cfg.get("label_names") or map(str, range(model.num_classes)))
 
 
@@ -565,6 +623,69 @@ def _labels_for(images: ImageData, names: list[str]) -> Any:
         return ((batch[0], table[batch[1]]) for batch in batches)
 
     return relabelled
+
+
+def _refuse_model_folder(out: Path, overwrite: bool) -> None:
+    """Where something stands that is not to be replaced, told before the work is done."""
+    from pellucid.models.saved import CONFIG, WEIGHTS
+
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not out.is_dir() or {path.name for path in out.iterdir()} != {CONFIG, WEIGHTS}:
+        raise CheckpointError(
+            f"{out} exists and is not a model/ folder - take another --out; it is left as it is"
+        )
+    if not overwrite:
+        raise CheckpointError(
+            f"{out} holds a model already - give --overwrite to replace it, or another --out"
+        )
+
+
+def _read_names(path: Path, count: int) -> list[str]:
+    """One class a line."""
+    try:
+        names = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not text in UTF-8 - write one class a line") from error
+    if len(names) != count or not all(names) or len(set(names)) < count:
+        raise ConfigError(
+            f"{path} has {len(names)} lines; expected {count} different class names, one a line"
+        )
+    return names
+
+
+def _save_model(model: Any, out: Path, names: list[str]) -> int:
+    """A model/ folder, whole or not at all; images are scaled as for ImageNet. Returns its parameters."""
+    from safetensors.torch import save
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    from pellucid.models.saved import CONFIG, WEIGHTS, describe_model
+    from pellucid.training.checkpoint import new_folder, write_flushed
+
+    weights = {name: value.contiguous().clone() for name, value in model.state_dict().items()}
+    channels = model.model_args["in_chans"]
+    size = model.model_args["img_size"]
+    config = describe_model(
+        model,
+        weights,
+        class_names=names,
+        mean=IMAGENET_DEFAULT_MEAN if channels == 3 else (0.5,) * channels,
+        std=IMAGENET_DEFAULT_STD if channels == 3 else (0.5,) * channels,
+        img_size=(size, size) if isinstance(size, int) else tuple(size),
+        in_chans=channels,
+    )
+    config["pretrained_cfg"].pop("license", None)  # of the architecture's own weights, which these are not
+    data = save(weights, metadata={"format": "pt"})
+    try:
+        with new_folder(out) as scratch:
+            write_flushed(scratch / WEIGHTS, data)
+            write_flushed(scratch / CONFIG, json.dumps(config, indent=1).encode())
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {out}: {error.strerror or error}, it needs {len(data) / 1e6:.1f} MB - make room "
+            f"or take another --out"
+        ) from error
+    return int(config["num_parameters"])
 
 
 def _network(name: str, pretrained: bool) -> Any:
