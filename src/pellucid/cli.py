@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from cyclopts import App, CycloptsError, Parameter, UnknownOptionError
 
@@ -33,24 +33,28 @@ _DERIVED = {"data", "model_args"}
 """Options of TrainConfig that the command line spells in another way."""
 
 
-def _train_options() -> type:
+def _train_options(name: str, without: Sequence[str] = ()) -> type:
     """TrainConfig's options, each optional: what is left out comes from ``--config`` or its default."""
     hints: Any = get_type_hints(TrainConfig)
     fields: list[Any] = []
     for field in dataclasses.fields(TrainConfig):
-        if field.name in _DERIVED:
+        if field.name in _DERIVED or field.name in without:
             continue
         default = "" if field.default in ("", None, False) else f" [default: {field.default}]"
         help_text = OPTION_HELP[field.name].replace("``", "").rstrip(".") + default
         negative = "--no-flip" if field.name == "flip" else ()
         shown: Any = Annotated[hints[field.name] | None, Parameter(help=help_text, negative=negative)]
         fields.append((field.name, shown, dataclasses.field(default=None)))
-    made = dataclasses.make_dataclass("TrainOptions", fields, kw_only=True)
+    made = dataclasses.make_dataclass(name, fields, kw_only=True)
     made.__module__ = __name__
     return made
 
 
-TrainOptions = _train_options()
+TrainOptions = _train_options("TrainOptions")
+RecipeOptions = _train_options(
+    "RecipeOptions", without=("model", "seed", "out", "objective", "init_from", "new_head")
+)
+"""What all models of a comparison have in common."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -385,6 +389,60 @@ def convert(
     if count:
         say(f"  pellucid predict {out} IMAGE")
     say(f'  pellucid.load("{out}") in Python; timm and transformers read the folder too')
+
+
+@app.command
+def compare(
+    data: str,
+    *,
+    models: Annotated[list[str], Parameter(consume_multiple=True)],
+    seeds: Annotated[list[int] | None, Parameter(consume_multiple=True)] = None,
+    match: Literal["width", "params"] = "width",
+    out: str = "runs/compare",
+    resume: bool = False,
+    options: Annotated[RecipeOptions, _Flat] | None = None,  # type: ignore[valid-type]
+    config: Path | None = None,
+) -> None:
+    """Train several models by one recipe from several seeds, and say which differ.
+
+    Parameters
+    ----------
+    data
+        As for train.
+    models
+        NAME or NAME:OPTION=VALUE,... such as crate_digits:compression=untied; the others are held against
+        the first.
+    seeds
+        Each model is trained once from each [default: 0 1 2].
+    match
+        width takes the models as they are, params gives them widths at which they have about as many
+        parameters as the first.
+    out
+        Each run's folder lies in it, beside compare.json and report.html.
+    resume
+        Go on with the comparison in --out.
+    config
+        Options from a YAML file; the command line goes before it.
+    """
+    from pellucid.comparison import compare as run_all
+
+    recipe = read_config(config) if config else {}
+    recipe |= {k: v for k, v in vars(options or RecipeOptions()).items() if v is not None}
+    result = run_all(
+        data,
+        models,
+        seeds=seeds or (0, 1, 2),
+        match=match,
+        out=out,
+        resume=resume,
+        recipe=recipe,
+        command=shlex.join(["pellucid", *sys.argv[1:]]),
+        say=say,
+    )
+    say("")
+    say(result.table())
+    say("")
+    say(f"report: {Path(out) / 'report.html'}")
 
 
 @app.command

@@ -17,6 +17,7 @@ from pellucid.data import ImageData, View, eval_loader
 from pellucid.errors import ConfigError
 from pellucid.glass.feed import eval_view
 from pellucid.measure import attention_maps, audit, evaluate, predict
+from pellucid.measure.compare import Comparison
 from pellucid.models.crate import CRATE
 from pellucid.training import Run
 
@@ -56,8 +57,36 @@ def collect(
         "command": command,
         "models": [_model(run, images, progress) for run in runs],
         "data": _data(images, eval_view(subject.model)),
-        "config": {k: v for k, v in vars(subject.config).items() if v not in (None, "", {})},
+        "config": _config(subject),
     }
+
+
+def collect_comparison(
+    comparison: Comparison, first: Run, images: ImageData, *, title: str, command: str = ""
+) -> dict[str, Any]:
+    """Everything that the report of a comparison shows; see ``docs/bundle.md``.
+
+    Args:
+        comparison: as measured.
+        first: a run of its first model, whose recipe is the recipe of all.
+        images: what all were trained and measured on.
+        title: what the comparison is called.
+        command: the line that asked for it.
+    """
+    own = ("model", "model_args", "seed", "out")
+    return {
+        "title": title,
+        "created": datetime.date.today().isoformat(),
+        "version": __version__,
+        "command": command,
+        "comparison": comparison.to_dict(),
+        "data": _data(images, eval_view(first.model)),
+        "config": {k: v for k, v in _config(first).items() if k not in own},
+    }
+
+
+def _config(run: Run) -> dict[str, Any]:
+    return {k: v for k, v in vars(run.config).items() if v not in (None, "", {})}
 
 
 def _model(run: Run, images: ImageData, progress: Progress) -> dict[str, Any]:
@@ -75,13 +104,13 @@ def _model(run: Run, images: ImageData, progress: Progress) -> dict[str, Any]:
         "facts": facts(model),
         "curves": _curves(run),
         "scores": scores.to_dict(),
-        "audit": _audit(model, images, view),
+        "audit": audit_or_none(model, images, view),
         "attention": {"images": _attention(model, images, view)},
     }
 
 
-def _audit(model: nn.Module, images: ImageData, view: View) -> dict[str, Any] | None:
-    """None for a model without tokens, such as a ResNet."""
+def audit_or_none(model: nn.Module, images: ImageData, view: View) -> dict[str, Any] | None:
+    """The audit on test images, as a dict; None for a model without tokens, such as a ResNet."""
     batches = eval_loader(images.test, view, batch_size=32, limit=AUDIT_IMAGES)
     try:
         return audit(model, batches, data=images.name).to_dict()

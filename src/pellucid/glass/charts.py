@@ -365,6 +365,110 @@ def interval_bar(
     )
 
 
+@dataclass(frozen=True)
+class Dots:
+    """One row of a dot plot: every value as a dot, their mean as a line across, said on the right."""
+
+    label: str
+    values: Sequence[float]
+    said: str
+    role: int = 1
+
+
+def dot_plot(title: str, rows: Sequence[Dots], x_label: str) -> Html:
+    """Shares as dots on a common axis, a row for each series with its name above. Empty without values."""
+    values = [value for row in rows for value in row.values]
+    if not values:
+        return Html("")
+    step = 40
+    bottom = step * len(rows)
+    low, high = _spread(values)
+    x = Scale(max(low, 0.0), high, 8, WIDTH - 8)
+    ticks = x.ticks(5)
+    names = shorten([row.label for row in rows], 30)
+    drawn = []
+    for i, (row, name) in enumerate(zip(rows, names, strict=True)):
+        y = step * i + 26
+        middle = x(sum(row.values) / len(row.values)) if row.values else None
+        drawn.append(
+            tag(
+                "g",
+                tag("title", f"{row.label}: {', '.join(percent(v, 2) for v in row.values)}"),
+                _text(0, y - 13, name),
+                _text(WIDTH, y - 13, row.said, "end"),
+                _line(x.start, y, x.end, y, "rule"),
+                "" if middle is None else _line(middle, y - 8, middle, y + 8, f"bar s{min(row.role, 3)}"),
+                *(mark(row.role, x(value), y, open_=True, size=4) for value in row.values),
+            )
+        )
+    axis = [_text(x(t), bottom + 12, percent_tick(t), "middle") for t in ticks]
+    axis.append(_text((x.start + x.end) / 2, bottom + 28, x_label, "middle", "axis"))
+    return _svg(title, WIDTH, bottom + 32, *drawn, tag("g", *axis, aria_hidden="true"))
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A named point of a scatter plot, with the lowest and highest value that its ``y`` is the mean of."""
+
+    label: str
+    x: float
+    y: float
+    low: float
+    high: float
+    role: int = 1
+
+
+def scatter(title: str, spots: Sequence[Spot], x_label: str, height: int = 250) -> Html:
+    """Shares over positive numbers (logarithmic), each point with its name beside it where there is room."""
+    if not spots:
+        return Html("")
+    xs, ys = [s.x for s in spots], [v for s in spots for v in (s.low, s.high)]
+    left, right = min(xs), max(xs)
+    wide = (left / 1.35, right * 1.35)
+    x = Scale(*wide, 52, WIDTH - 10, log=True)
+    y = Scale(*_spread(ys), height - 36, 12)
+    names = shorten([s.label for s in spots], 22)
+    taken = [(x(s.x) - 6, y(s.y) - 6, x(s.x) + 6, y(s.y) + 6) for s in spots]
+    drawn = []
+    for spot, name in zip(spots, names, strict=True):
+        at, middle = x(spot.x), y(spot.y)
+        box = _room(at, middle, 6.2 * len(name), taken)
+        taken.append(box)
+        drawn.append(
+            tag(
+                "g",
+                tag("title", f"{spot.label}: {percent(spot.y, 2)} at {number(spot.x)}"),
+                _line(at, y(spot.low), at, y(spot.high), f"bar s{min(spot.role, 3)}"),
+                mark(spot.role, at, middle, size=4.2),
+                _text(box[0], box[3] - 3, name),
+            )
+        )
+    axes = Axes(x_label, share=True, log=True)
+    return _svg(title, WIDTH, height, _grid(x, y, axes, height), *drawn)
+
+
+Box = tuple[float, float, float, float]
+
+
+def _room(x: float, y: float, width: float, taken: Sequence[Box]) -> Box:
+    """Where a name of that width covers nothing, as near to its point as may be; else right of the point."""
+    places = []
+    for down in (0, -12, 12, -24, 24, -36, 36):
+        for left in (x + 9, x - 9 - width, x - width / 2):
+            if left == x - width / 2 and abs(down) < 12:
+                continue
+            if left >= 0 and left + width <= WIDTH:
+                places.append((left, y + down - 7, left + width, y + down + 7))
+    for place in places:
+        if not any(_overlap(place, other) for other in taken):
+            return place
+    return (x + 9, y - 7, x + 9 + width, y + 7)
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
 def bar_chart(title: str, bars: Sequence[tuple[str, float]]) -> Html:
     """Horizontal bars of shares from zero, one row each: the name on the left, the value on the right."""
     step, room = 20, 7.0
@@ -520,9 +624,12 @@ def _png(rows: Sequence[bytes]) -> bytes:
 
 __all__ = [
     "Axes",
+    "Dots",
     "Pair",
     "Series",
+    "Spot",
     "bar_chart",
+    "dot_plot",
     "dumbbell_chart",
     "heat_map",
     "histogram",
@@ -530,4 +637,5 @@ __all__ = [
     "legend",
     "line_chart",
     "pixel_map",
+    "scatter",
 ]

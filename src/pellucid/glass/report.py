@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -12,11 +13,14 @@ from pellucid.glass.reading import Bundle
 from pellucid.glass.sections.accuracy import accuracy
 from pellucid.glass.sections.attention import attention
 from pellucid.glass.sections.audit import audit
+from pellucid.glass.sections.compare import compared, cost, descent, precision
 from pellucid.glass.sections.data import data, reproduce
 from pellucid.glass.sections.headline import headline
 from pellucid.glass.sections.learning import learning
 from pellucid.glass.sections.model import model
 from pellucid.glass.sections.tokens import tokens
+
+Maker = Callable[[Bundle], Html]
 
 SECTIONS = {
     "model": ("the model", model),
@@ -30,6 +34,15 @@ SECTIONS = {
 }
 """Anchor, name in the contents, and maker of every section, in reading order."""
 
+COMPARISON_SECTIONS = {
+    "accuracy": ("accuracy", precision),
+    "cost": ("the cost", cost),
+    "audit": ("the audit", descent),
+    "data": ("the data", data),
+    "reproduce": ("reproduce", reproduce),
+}
+"""The same for the page on several models, each trained from several seeds."""
+
 
 def render(bundle: dict) -> str:
     """The report on the models of ``bundle`` as the text of one HTML file (write it as UTF-8).
@@ -40,16 +53,28 @@ def render(bundle: dict) -> str:
     The first model is the subject, the others stand beside it. Typically 0.1 to 1 MB.
     """
     read = Bundle.read(bundle)
-    made = {anchor: (name, make(read)) for anchor, (name, make) in SECTIONS.items()}
+    title = read.fields.text("title", read.subject.label)
+    return _page(title, headline(read), read, SECTIONS)
+
+
+def render_comparison(bundle: dict) -> str:
+    """The report on ``bundle["comparison"]``, under the same promises as :func:`render`."""
+    read = Bundle.read(bundle)
+    title = read.fields.text("title", "comparison")
+    return _page(title, compared(read), read, COMPARISON_SECTIONS)
+
+
+def _page(title: str, header: Html, read: Bundle, sections: Mapping[str, tuple[str, Maker]]) -> str:
+    made = {anchor: (name, make(read)) for anchor, (name, make) in sections.items()}
     shown = {anchor: (name, body) for anchor, (name, body) in made.items() if body}
     contents = tag(
         "nav",
         *(tag("a", name, href=f"#{anchor}") for anchor, (name, _) in shown.items()),
         aria_label="Contents",
     )
-    main = tag("main", headline(read), contents if shown else "", *(body for _, body in shown.values()))
-    title = f"{read.fields.text('title', read.subject.label)} – pellucid report"
-    return "<!DOCTYPE html>\n" + tag("html", _head(title), tag("body", main, _script()), lang="en") + "\n"
+    main = tag("main", header, contents if shown else "", *(body for _, body in shown.values()))
+    head = _head(f"{title} – pellucid report")
+    return "<!DOCTYPE html>\n" + tag("html", head, tag("body", main, _script()), lang="en") + "\n"
 
 
 def _head(title: str) -> Html:
@@ -86,4 +111,4 @@ def _file(name: str) -> str:
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
-__all__ = ["render"]
+__all__ = ["render", "render_comparison"]
