@@ -172,3 +172,13 @@ def test_an_overcomplete_strict_step_needs_its_signal():
     with pytest.raises(ValueError, match="needs a start and a signal"):
         step(torch.randn(2, 4, 6))
     assert step(torch.zeros(2, 4, 12), torch.randn(2, 4, 6)).shape == (2, 4, 12)
+
+
+def test_what_is_learnt_cannot_be_set_as_a_constant():
+    for step, name in (
+        (StrictISTA(6), "step_size"),
+        (StrictISTA(6), "sparsity"),
+        (StrictCompression(6, 2), "step_size"),
+    ):
+        with pytest.raises(AttributeError, match=f"{name} of {type(step).__name__} is learnt"):
+            setattr(step, name, 0.5)

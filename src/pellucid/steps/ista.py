@@ -55,7 +55,7 @@ class ISTA(Step):
     ) -> None:
         super().__init__(enter)
         self.step_size, self.sparsity = step_size, sparsity
-        self.dictionary = nn.Parameter(torch.empty(dim, num_atoms or dim))
+        self.dictionary = nn.Parameter(torch.empty(dim, dim if num_atoms is None else num_atoms))
         nn.init.orthogonal_(self.dictionary)
         self._fold: _Fold | None = None
 

@@ -54,7 +54,7 @@ class StrictCompression(ExactCompression):
 
     @step_size.setter
     def step_size(self, value: float) -> None:
-        """The parent's constant, which the share stands for here."""
+        _refuse_to_set(self, "step_size", "share")
 
     def forward(self, z: Float[Tensor, "b n d"], x: Tensor | None = None) -> Float[Tensor, "b n d"]:
         b = self.head_dim / (z.shape[-2] * self.eps**2)
@@ -103,7 +103,7 @@ class StrictISTA(SoftISTA):
 
     @step_size.setter
     def step_size(self, value: float) -> None:
-        """The parent's constant, which the share stands for here."""
+        _refuse_to_set(self, "step_size", "share")
 
     @property
     def sparsity(self) -> float:
@@ -112,7 +112,7 @@ class StrictISTA(SoftISTA):
 
     @sparsity.setter
     def sparsity(self, value: float) -> None:
-        """The parent's constant, which ``log_sparsity`` stands for here."""
+        _refuse_to_set(self, "sparsity", "log_sparsity")
 
     def forward(self, z: Float[Tensor, "b n m"], x: Tensor | None = None) -> Float[Tensor, "b n m"]:
         eta = self.share.sigmoid() * 2 / spectral_bound(self.dictionary)
@@ -149,6 +149,12 @@ def spectral_bound(matrix: Float[Tensor, "d m"], squarings: int = 5) -> Float[Te
             gram = gram / size
             gram = gram @ gram
         return (log_norm + torch.linalg.matrix_norm(gram).log() / 2**squarings).exp()
+
+
+def _refuse_to_set(step: nn.Module, constant: str, parameter: str) -> None:
+    """What is a constant of the parent is learnt here; only the parent's constructor may pass by."""
+    if parameter in step._parameters:
+        raise AttributeError(f"{constant} of {type(step).__name__} is learnt - set its parameter {parameter}")
 
 
 def _logit(share: float) -> float:

@@ -22,7 +22,7 @@ from pellucid.objectives.coding_rate import variational_coding_rate
 from pellucid.steps.mssa import SubspaceStep, output_map
 
 SMALLEST_ENERGY = 1e-18
-"""Of a coordinate over all tokens, in front of a division: its inverse squared is still a number in float32."""
+"""Of a coordinate over all tokens, in front of a division: its inverse squared is a number in float32."""
 
 
 class TSSA(SubspaceStep):
