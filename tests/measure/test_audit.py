@@ -332,3 +332,36 @@ def test_what_cannot_be_audited_says_so():
             audit(model, [torch.randn(1, 1, 64, 64)])
     with pytest.raises(ConfigError, match="cannot look inside Sequential"):
         audit(nn.Sequential(nn.Conv2d(1, 2, 3)), [images()])
+
+
+def test_the_sparsity_of_an_overcomplete_code_is_that_of_the_code():
+    model = create_model("crate_alpha_digits", embed_dim=16, num_heads=2, depth=1).eval()
+    images = torch.randn(3, 1, 8, 8)
+    row = audit(model, [images]).rows[1]
+    seen = []
+    model.forward_features(images, on_step=seen.append)
+    code = seen[1].step.code(seen[1].z)
+    assert row["step"] == "sparsify"
+    assert row["nonzero"] == pytest.approx((code != 0).float().mean().item())
+    assert 0 < row["nonzero"] < 0.9 < (seen[1].z_next != 0).float().mean().item()
+
+
+def test_black_boxes_among_steps_are_held_to_nothing():
+    half = audit(create_model("mssa_mlp_digits", depth=2), [torch.randn(3, 1, 8, 8)])
+    assert [row["objective"] for row in half.rows] == ["R^c(Z | U)", None] * 2
+    assert half.rows[1]["before"] is half.rows[1]["descended"] is None
+    assert "of 2 steps" in half.verdict["text"] or "All 2 steps" in half.verdict["text"]
+    none = audit(create_model("mhsa_mlp_digits", depth=2), [torch.randn(3, 1, 8, 8)])
+    assert none.verdict["descends"] is None
+
+
+@pytest.mark.parametrize("name", ["crate_strict_digits", "tost_digits"])
+def test_models_that_must_descend_do_before_any_training(name):
+    options = {"compression": "tied", "sparsification": "ista"} if name == "tost_digits" else {}
+    result = audit(create_model(name, **options), [torch.randn(8, 1, 8, 8)])
+    shares = {(row["layer"], row["step"]): row["descended"] for row in result.rows}
+    if name == "crate_strict_digits":
+        assert set(shares.values()) == {1.0}
+        assert all(row["step_size"] < row["max_step_size"] == 1.0 for row in result.rows)
+    else:  # behind its norm TSSA is only measured; the code is proved
+        assert {share for (_, step), share in shares.items() if step == "sparsify"} == {1.0}

@@ -63,7 +63,8 @@ class Audit:
         samples: number of images.
         rows: one dict for each step in order, with ``layer`` (from 1), ``step``, ``objective`` (its name),
             ``before`` and ``after`` (means over images), ``descended`` (share of images on which it fell),
-            ``coding_rate`` (nats, of unit tokens), ``nonzero`` (share of entries that are not exactly zero),
+            ``coding_rate`` (nats, of unit tokens), ``nonzero`` (share of entries that are not exactly zero;
+            of the code, where it is spoken back),
             ``rank`` (of the tokens, mean), ``coherence`` (largest cosine between two subspaces, or between
             two atoms), ``outliers`` (share of high-norm tokens), ``step_size`` and ``max_step_size`` (descent
             is guaranteed below it from a feasible start; None where it is only measured).
@@ -188,7 +189,10 @@ class _Look:
         norms = tokens.norm(dim=-1)
         relative = norms / norms.median(-1, keepdim=True).values.clamp_min(1e-12)
         self._keep("coding_rate", coding_rate(F.normalize(tokens, dim=-1), RATE_EPS))
-        self._keep("nonzero", nonzero_fraction(tokens))
+        code = tokens
+        if record is not None and isinstance(record.step, OvercompleteISTA):
+            code = record.step.code(record.z)  # sparse before it is spoken back, not after
+        self._keep("nonzero", nonzero_fraction(code))
         self._keep("rank", (singular > RANK_TOLERANCE * singular[..., :1]).sum(-1).float())
         self._keep("outliers", (relative > OUTLIER_NORM).float().mean(-1))
         self.singular.append(singular.cpu())

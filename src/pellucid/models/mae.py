@@ -195,10 +195,10 @@ def _variants() -> dict[str, tuple[str, dict[str, Any]]]:
         meaning = (
             f"CRATE-MAE with the encoder of CRATE-{size[0].upper()}; encode='all', sparsity=0.5 published."
         )
-        found[f"crate_mae_{size}_patch16_224"] = (meaning, {**sizes, **ENCODER, "num_classes": 0})
+        found[f"crate_mae_{size}_patch16_224"] = (meaning, {**sizes, **ENCODER})
     small = "CRATE-MAE for small pictures."
-    found["crate_mae_micro_patch4_32"] = (small, {**MICRO, **SMALL_PICTURES, "num_classes": 0})
-    found["crate_mae_digits"] = (small, {**DIGITS, **SMALL_PICTURES, "num_classes": 0})
+    found["crate_mae_micro_patch4_32"] = (small, {**MICRO, **SMALL_PICTURES})
+    found["crate_mae_digits"] = (small, {**DIGITS, **SMALL_PICTURES})
     return found
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pellucid.objectives.reconstruction import lasso
-from pellucid.steps.step import Step
+from pellucid.steps.step import Step, full_precision
 
 
 class ISTA(Step):
@@ -123,7 +123,7 @@ class ISTA(Step):
         fold = self._fold
         if fold is None or not fold.holds_for(self):
             # Kept for callers in any precision, so made in full.
-            with torch.no_grad(), torch.autocast(self.dictionary.device.type, enabled=False):
+            with torch.no_grad(), full_precision(self.dictionary):
                 matrix = self._make_fold().to(self.dictionary.dtype)
                 fold = _Fold(self.dictionary.detach().clone(), self.step_size, matrix)
             self._fold = fold

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from pellucid.objectives.coding_rate import coding_rate, subspace_coding_rate
-from pellucid.steps.step import Step
+from pellucid.steps.step import Step, full_precision
 
 
 class SubspaceStep(Step):
@@ -217,7 +217,7 @@ class ExactCompression(SubspaceStep):
     def direction(self, w: Float[Tensor, "b K n p"]) -> Float[Tensor, "b n d"]:
         n, p = w.shape[-2:]
         b = p / (n * self.eps**2)
-        with torch.autocast(w.device.type, enabled=False):
+        with full_precision(w):
             v = w.float() if w.dtype in (torch.float16, torch.bfloat16) else w
             side = v @ v.mT if n < p else v.mT @ v
             matrix = torch.eye(side.shape[-1], dtype=v.dtype, device=v.device) + b * side
@@ -247,7 +247,7 @@ class Orthonormal(nn.Module):
     """
 
     def forward(self, matrix: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
-        with torch.autocast(matrix.device.type, enabled=False):
+        with full_precision(matrix):
             wide = matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
             for _ in range(2):
                 factor = torch.linalg.cholesky(wide @ wide.mT)

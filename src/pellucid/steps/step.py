@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
@@ -84,6 +86,12 @@ class StepRecord:
     z: Tensor
     z_next: Tensor
     x: Tensor | None
+
+
+def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
+    """No autocast for what is computed from ``tensor``; the meta device knows of none."""
+    kind = tensor.device.type
+    return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
 
 
 OnStep = Callable[[StepRecord], None]

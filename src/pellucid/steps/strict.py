@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from pellucid.steps.ista import SoftISTA
 from pellucid.steps.mssa import ExactCompression
+from pellucid.steps.step import full_precision
 
 
 class StrictCompression(ExactCompression):
@@ -139,7 +140,7 @@ def spectral_bound(matrix: Float[Tensor, "d m"], squarings: int = 5) -> Float[Te
     so it costs no decomposition and has a gradient everywhere. Power iteration, the usual choice, gives a
     lower bound, which would guarantee nothing.
     """
-    with torch.autocast(matrix.device.type, enabled=False):
+    with full_precision(matrix):
         wide = matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
         gram = wide @ wide.mT if wide.shape[0] <= wide.shape[1] else wide.mT @ wide
         log_norm = torch.zeros((), dtype=gram.dtype, device=gram.device)
