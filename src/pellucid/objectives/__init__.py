@@ -15,6 +15,20 @@ from pellucid.objectives.coding_rate import (
     subspace_overlap,
     variational_coding_rate,
 )
+from pellucid.objectives.denoising import (
+    VE,
+    VP,
+    Flow,
+    Schedule,
+    add_noise,
+    denoising_loss,
+    entropy_slope,
+    gaussian_entropy,
+    gaussian_entropy_slope,
+    make_schedule,
+    score_from_denoised,
+    tweedie,
+)
 from pellucid.objectives.reconstruction import (
     lasso,
     masked_error,
@@ -24,17 +38,29 @@ from pellucid.objectives.reconstruction import (
 )
 
 __all__ = [
+    "VE",
+    "VP",
+    "Flow",
+    "Schedule",
+    "add_noise",
     "class_coding_rate",
     "coding_rate",
+    "denoising_loss",
+    "entropy_slope",
+    "gaussian_entropy",
+    "gaussian_entropy_slope",
     "lasso",
+    "make_schedule",
     "masked_error",
     "nats_to_bits",
     "nonnegative_lasso",
     "nonzero_fraction",
     "rate_reduction",
+    "score_from_denoised",
     "sparse_rate_reduction",
     "squared_error",
     "subspace_coding_rate",
     "subspace_overlap",
+    "tweedie",
     "variational_coding_rate",
 ]
