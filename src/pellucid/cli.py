@@ -527,12 +527,13 @@ def models(pattern: str = "") -> None:
     shown = [name for name in list_models() if pattern in name]
     if not shown:
         raise ConfigError(f"no model of ours has '{pattern}' in its name - known: {', '.join(list_models())}")
+    wide = max(map(len, shown))
     for name in shown:
         with torch.device("meta"):
             model: Any = create_model(name)
         count = sum(p.numel() for p in model.parameters())
         channels, height, width = model.pretrained_cfg["input_size"]
-        say(f"{name:<26} {count / 1e6:8.3f} M parameters   {height} x {width} x {channels}")
+        say(f"{name:<{wide}} {count / 1e6:8.3f} M parameters   {height} x {width} x {channels}")
 
 
 @app.command
@@ -541,7 +542,9 @@ def bench(
     models: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
     batch_sizes: Annotated[list[int] | None, Parameter(consume_multiple=True)] = None,
     dtypes: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
-    rounds: int = 5,
+    modes: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    rounds: int = 3,
+    compile: bool = False,
     out: Annotated[Path | None, Parameter(("-o", "--out"))] = None,
 ) -> None:
     """Speed as ratios, side by side in one run: ours, the published arithmetic, and a ViT of the same size.
@@ -549,25 +552,78 @@ def bench(
     Parameters
     ----------
     models
-        CRATE models; base and tiny at 224 when left out.
+        CRATE, CRATE-alpha, CRATE-MAE and ToST models; CRATE-B, CRATE-T, CRATE-alpha-Ti and ToST-T when left
+        out.
     batch_sizes
-        Images of a batch; 8 and 16 when left out.
+        Images of a batch; 8 when left out.
     dtypes
-        float32, bfloat16 or both.
+        float32, bfloat16 or both; float32 when left out.
+    modes
+        inference, training or both; both when left out.
     rounds
         Repetitions; medians over them are shown.
+    compile
+        Time both forms through torch.compile besides. A minute or more for each case.
     out
         Write the rows as JSON.
     """
     from pellucid.measure.bench import bench as measure
 
     _refuse_output(out)
-    given = {"models": models, "batch_sizes": batch_sizes, "dtypes": dtypes}
-    chosen = {key: tuple(value) for key, value in given.items() if value}
-    result = measure(**chosen, rounds=rounds, progress=lambda line: print(line, file=sys.stderr))  # type: ignore[arg-type]
+    given = {"models": models, "batch_sizes": batch_sizes, "dtypes": dtypes, "modes": modes}
+    chosen: Any = {key: tuple(value) for key, value in given.items() if value}
+    result = measure(**chosen, rounds=rounds, compile=compile, progress=_tell)
     say(result.table())
     if out is not None:
         _write(out, json.dumps(result.to_dict(), indent=1) + "\n")
+
+
+@app.command
+def bench_tokens(
+    *,
+    grids: Annotated[list[int] | None, Parameter(consume_multiple=True)] = None,
+    embed_dim: int = 192,
+    num_heads: int = 3,
+    limit_gib: float = 4.0,
+    rounds: int = 5,
+    out: Annotated[Path | None, Parameter(("-o", "--out"))] = None,
+    picture: Annotated[list[Path] | None, Parameter(consume_multiple=False)] = None,
+) -> None:
+    """Time and memory of one compression step against the number of tokens: TSSA, MSSA, explicit attention.
+
+    Parameters
+    ----------
+    grids
+        Patches along a side; 14 to 224 when left out, which is 196 to 50,176 tokens.
+    embed_dim
+        Width of a token.
+    num_heads
+        Subspaces.
+    limit_gib
+        Explicit attention stops where its weights outgrow this.
+    rounds
+        Repetitions; medians over them are shown.
+    out
+        Write the rows as JSON.
+    picture
+        Draw them as a .png or .svg; may be given several times.
+    """
+    from pellucid.measure.tokens import GRIDS, token_scaling
+
+    for path in (out, *(picture or [])):
+        _refuse_output(path)
+    result = token_scaling(
+        tuple(grids or GRIDS), embed_dim, num_heads, limit_gib=limit_gib, rounds=rounds, progress=_tell
+    )
+    say(result.table())
+    if out is not None:
+        _write(out, json.dumps(result.to_dict(), indent=1) + "\n")
+    if picture:
+        result.picture(*picture)
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
