@@ -36,6 +36,7 @@ from pellucid.objectives.reconstruction import (
     nonzero_fraction,
     squared_error,
 )
+from pellucid.objectives.self_distillation import simdino
 
 __all__ = [
     "VE",
@@ -56,6 +57,7 @@ __all__ = [
     "nonnegative_lasso",
     "nonzero_fraction",
     "rate_reduction",
+    "simdino",
     "score_from_denoised",
     "sparse_rate_reduction",
     "squared_error",

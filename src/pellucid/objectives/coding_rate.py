@@ -56,28 +56,55 @@ def class_coding_rate(
         \log\det\Bigl(I + \frac{d}{n_k\epsilon^2} Z^\top \mathrm{diag}(\pi_k) Z\Bigr),
         \qquad n_k = \textstyle\sum_i \pi_{ik}
 
-    Never above ``coding_rate(z, eps)``. Empty classes cost nothing.
+    Never above ``coding_rate(z, eps)`` where every token has a class. Empty classes cost nothing. Tokens
+    whose class is not known, labelled -1, are not coded: n counts the others.
 
     Args:
         z: tokens ``(..., n, d)``.
-        membership: integer labels ``(n,)`` or ``(..., n)``, or soft memberships ``(n, K)`` or
-            ``(..., n, K)`` whose rows sum to one. The dtype tells which.
+        membership: integer labels ``(n,)`` or ``(..., n)``, -1 where not known, or soft memberships
+            ``(n, K)`` or ``(..., n, K)`` whose rows sum to one. The dtype tells which.
         eps: distortion. Positive.
 
     Raises:
         ValueError: as :func:`coding_rate`; a membership of the wrong length, negative, or not summing to one.
     """
     n, d = _check_tokens(z, eps)
+    if membership.dim() == 1 and not membership.dtype.is_floating_point:
+        return _rate_by_labels(z, _checked_labels(membership, n).to(z.device), eps)
     weights = _membership_weights(membership, z)
     # One class at a time: the tensor of all weighted Gram matrices would hold K x d x d numbers.
     rates = []
+    coded = _number_coded(membership, n)
     for pi in weights.unbind(-1):
         size = pi.sum(-1)
         # An empty class has n_k = 0 and a zero Gram matrix; any positive divisor gives its rate, which is 0.
         scale = d / (size.clamp_min(torch.finfo(pi.dtype).tiny ** 0.5) * eps**2)
         scale = torch.where(size > 0, scale, torch.zeros_like(scale))
-        rates.append(size / n * _half_logdet(z, scale, pi))
+        rates.append(size / coded.squeeze(-1) * _half_logdet(z, scale, pi))
     return torch.stack(rates, -1).sum(-1)
+
+
+def _rate_by_labels(z: Tensor, labels: Tensor, eps: float) -> Tensor:
+    """The class rate with every token in the matrix of its own class only.
+
+    Classes whose sizes round up to the same power of two share a batch, padded with zero tokens, which cost
+    nothing: at most log2(n) batched determinants on at most 2n tokens, however many classes there are.
+    """
+    order = labels.argsort(stable=True)[(labels < 0).sum() :]
+    sizes = labels[order].unique_consecutive(return_counts=True)[1]
+    starts = sizes.cumsum(0) - sizes
+    rate = _at_least_float32(z).new_zeros(z.shape[:-2])
+    widths = [1 << (size - 1).bit_length() for size in sizes.tolist()]
+    for width in sorted(set(widths)):
+        chosen = torch.tensor([w == width for w in widths], device=z.device)
+        place = torch.arange(width, device=z.device)
+        inside = place < sizes[chosen, None]
+        slots = order[(starts[chosen, None] + place).where(inside, 0)]
+        tokens = z.index_select(-2, slots.flatten()).unflatten(-2, slots.shape) * inside.unsqueeze(-1)
+        weights = sizes[chosen].to(rate.dtype)
+        half_logdets = _half_logdet(tokens, z.shape[-1] / (weights * eps**2))
+        rate = rate + (weights / len(order) * half_logdets).sum(-1)
+    return rate
 
 
 def subspace_coding_rate(
@@ -139,6 +166,8 @@ def variational_coding_rate(
             f"membership tells {weights.shape[-1]} groups apart; expected one for each of {len(U)} subspaces"
         )
 
+    coded = _number_coded(membership, n)
+
     def rate(z: Tensor, weights: Tensor) -> Tensor:
         w = _project(z, U)
         if shift is not None:
@@ -148,7 +177,7 @@ def variational_coding_rate(
         size = weights.sum(-2)
         # An empty group has no energy either; any positive divisor gives its rate, which is 0.
         scale = d / (size.clamp_min(torch.finfo(size.dtype).tiny ** 0.5) * eps**2)
-        return (size / (2 * n) * torch.log1p(scale.unsqueeze(-1) * energy).sum(-1)).sum(-1)
+        return (size / (2 * coded) * torch.log1p(scale.unsqueeze(-1) * energy).sum(-1)).sum(-1)
 
     z = _at_least_float32(z)
     value = rate(z, weights)
@@ -163,7 +192,10 @@ def rate_reduction(
     membership: Int[Tensor, "*#b n"] | Float[Tensor, "*#b n K"],
     eps: float,
 ) -> Float[Tensor, "*b"]:
-    r"""What coding by classes saves: :math:`\Delta R = R(Z) - R^c(Z \mid \Pi) \ge 0`. To be raised (MCR2)."""
+    r"""What coding by classes saves: :math:`\Delta R = R(Z) - R^c(Z \mid \Pi) \ge 0`. To be raised (MCR2).
+
+    Tokens labelled -1 take part in :math:`R` only, and with them the difference can be negative.
+    """
     return coding_rate(z, eps) - class_coding_rate(z, membership, eps)
 
 
@@ -296,7 +328,8 @@ def _refuse_not_finite(z: Tensor) -> None:
 def _membership_weights(membership: Tensor, z: Tensor, classes: int | None = None) -> Tensor:
     """Soft memberships ``(..., n, K)`` in the working dtype, from soft rows or labels.
 
-    Labels are names, and K is the number that occur, unless it is given as ``classes``.
+    Labels are names, and K is the number that occur, unless it is given as ``classes``; the row of a label
+    -1 is zero.
     """
     n = z.shape[-2]
     dtype = torch.float32 if z.dtype in (torch.float16, torch.bfloat16) else z.dtype
@@ -308,13 +341,26 @@ def _membership_weights(membership: Tensor, z: Tensor, classes: int | None = Non
         if bool((weights < 0).any()) or not torch.allclose(total, torch.ones_like(total), atol=1e-3):
             raise ValueError("soft membership rows must be non-negative and sum to one")
         return weights
-    if membership.dim() < 1 or membership.shape[-1] != n:
-        raise ValueError(f"labels have shape {tuple(membership.shape)}; expected (..., {n}), one per token")
-    if bool((membership < 0).any()):
-        raise ValueError("labels must be 0 or larger")
+    labels = _checked_labels(membership, n)
+    known = (labels >= 0).unsqueeze(-1)
     if classes is not None:
-        if bool((membership >= classes).any()):
+        if bool((labels >= classes).any()):
             raise ValueError(f"labels must be below {classes}, the number of subspaces")
-        return torch.nn.functional.one_hot(membership.long(), classes).to(dtype)
-    present, dense = membership.long().unique(return_inverse=True)
-    return torch.nn.functional.one_hot(dense, len(present)).to(dtype)
+        return torch.nn.functional.one_hot(labels.clamp_min(0), classes).to(dtype) * known
+    present, dense = labels.clamp_min(0).unique(return_inverse=True)
+    return torch.nn.functional.one_hot(dense, len(present)).to(dtype) * known
+
+
+def _number_coded(membership: Tensor, n: int) -> Tensor:
+    """Tokens whose class is known, ``(..., 1)``; 1 where there are none, whose rate is 0."""
+    if membership.dtype.is_floating_point:
+        return torch.full((1,), n, device=membership.device)
+    return (membership >= 0).sum(-1, keepdim=True).clamp_min(1)
+
+
+def _checked_labels(labels: Tensor, n: int) -> Tensor:
+    if labels.dim() < 1 or labels.shape[-1] != n:
+        raise ValueError(f"labels have shape {tuple(labels.shape)}; expected (..., {n}), one per token")
+    if bool((labels < -1).any()):
+        raise ValueError("labels must be 0 or larger, or -1 where the class is not known")
+    return labels.long()
