@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
@@ -86,6 +86,44 @@ def test_equals_published_layerwise_measure(recorded):
     U = torch.eye(heads * p).unflatten(1, (heads, p)).transpose(0, 1)
     together = subspace_coding_rate(w.transpose(1, 2).flatten(2), U, math.sqrt(0.01))
     torch.testing.assert_close(together, per_sample, rtol=1e-5, atol=0)
+
+
+# --- labels by themselves, many, and unknown --------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 17), min_size=1, max_size=12),
+    d=st.integers(1, 12),
+    batch=st.sampled_from([(), (2,), (2, 1)]),
+    seed=st.integers(0, 99),
+)
+def test_labels_are_memberships_of_ones_and_zeros(sizes, d, batch, seed):
+    names = normal(len(sizes), seed=seed).argsort() * 7  # any numbers, in any order
+    labels = names.repeat_interleave(torch.tensor(sizes))[normal(sum(sizes), seed=seed).argsort()]
+    z = normal(*batch, len(labels), d, seed=seed).requires_grad_()
+    soft = (labels[:, None] == names).double()
+    by_labels, by_weights = class_coding_rate(z, labels, EPS), class_coding_rate(z, soft, EPS)
+    torch.testing.assert_close(by_labels, by_weights, rtol=1e-10, atol=1e-12)
+    exactly(*[torch.autograd.grad(rate.sum(), z)[0] for rate in (by_labels, by_weights)])
+
+
+def test_tokens_whose_class_is_not_known_are_not_coded():
+    z, labels = normal(2, 9, 4), torch.tensor([2, -1, 0, 0, -1, 5, 2, 0, -1])
+    known = labels >= 0
+    alone = class_coding_rate(z[:, known], labels[known], EPS)
+    exactly(class_coding_rate(z, labels, EPS), alone)
+    exactly(class_coding_rate(z, labels.expand(2, 9), EPS), alone)
+    exactly(rate_reduction(z, labels, EPS), coding_rate(z, EPS) - alone)
+    U = normal(6, 4, 2, seed=3)
+    variational = variational_coding_rate(z[:, known], U, labels[known], EPS)
+    exactly(variational_coding_rate(z, U, labels, EPS), variational)
+
+
+def test_nothing_known_costs_nothing():
+    z, nobody = normal(3, 5, 4), torch.full((5,), -1)
+    for labels in (nobody, nobody.expand(3, 5)):
+        assert torch.equal(class_coding_rate(z, labels, EPS), torch.zeros(3).double())
 
 
 # --- exact gradients --------------------------------------------------------------------------------------
@@ -570,8 +608,8 @@ def test_eps_must_be_positive(eps):
             r"labels have shape \(4,\); expected \(\.\.\., 3\)",
         ),
         (
-            lambda: class_coding_rate(torch.ones(3, 2), torch.tensor([0, -1, 1]), 1.0),
-            "labels must be 0 or larger",
+            lambda: class_coding_rate(torch.ones(3, 2), torch.tensor([0, -2, 1]), 1.0),
+            "labels must be 0 or larger, or -1",
         ),
         (
             lambda: class_coding_rate(torch.ones(3, 2), torch.full((4, 2), 0.5), 1.0),

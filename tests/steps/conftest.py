@@ -18,6 +18,8 @@ from pellucid.steps import (
     Decompression,
     ExactCompression,
     OvercompleteISTA,
+    RateReduction,
+    ShiftInvariantRateReduction,
     SoftISTA,
     Step,
     StrictCompression,
@@ -43,6 +45,10 @@ MAKE = {
     UntiedTSSA: lambda **kw: UntiedTSSA(DIM, 2, layer_scale=0.5, **kw),
     OvercompleteISTA: lambda **kw: OvercompleteISTA(DIM, **kw),
     Synthesis: lambda **kw: Synthesis(DIM, **kw),
+    RateReduction: lambda **kw: RateReduction(DIM, 3, **{"sharpness": 2.0, **kw}),
+    ShiftInvariantRateReduction: lambda **kw: ShiftInvariantRateReduction(
+        **{"shape": (2, 3), "num_classes": 3, "sharpness": 2.0, **kw}
+    ),
     MHSA: lambda **kw: MHSA(DIM, 2, **kw),
     MLP: lambda **kw: MLP(DIM, **kw),
 }

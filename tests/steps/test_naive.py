@@ -1,6 +1,7 @@
 """Every step beside its formula, written as in the papers: tokens in columns, nothing saved, float64."""
 
 import inspect
+import itertools
 import math
 
 import pytest
@@ -16,6 +17,8 @@ from pellucid.steps import (
     Decompression,
     ExactCompression,
     OvercompleteISTA,
+    RateReduction,
+    ShiftInvariantRateReduction,
     SoftISTA,
     StrictCompression,
     StrictISTA,
@@ -153,6 +156,38 @@ def naive_untied_tssa(step, Z, X):
     return Z + step.step_size * (moved if step.layer_scale is None else torch.diag(step.layer_scale) @ moved)
 
 
+def naive_rate_reduction(step, Z, X):
+    columns = []
+    for z in Z.T:
+        compressed = [C @ z for C in step.compress]
+        likely = [torch.exp(-step.sharpness * torch.sqrt(c @ c)) for c in compressed]
+        pulled = sum(g * p / sum(likely) * c for g, p, c in zip(step.share, likely, compressed, strict=True))
+        moved = z + step.step_size * (step.expand @ z - pulled)
+        columns.append(moved / torch.sqrt(moved @ moved))
+    return torch.stack(columns, 1)
+
+
+def convolution(kernel, signal):
+    """``y_c(t) = sum over c' and s of kernel_cc'(s) signal_c'(t - s)``, around in a circle."""
+    places = itertools.product(*map(range, signal.shape[1:]))
+    shifts = tuple(range(1, signal.dim()))
+    return sum(
+        torch.tensordot(kernel[(..., *place)], torch.roll(signal, place, shifts), 1) for place in places
+    )
+
+
+def naive_shift_invariant(step, Z, X):
+    columns = []
+    for z in Z.T:
+        z = z.reshape(step.shape)
+        compressed = [convolution(C, z) for C in step.compress]
+        likely = [torch.exp(-step.sharpness * c.norm()) for c in compressed]
+        pulled = sum(g * p / sum(likely) * c for g, p, c in zip(step.share, likely, compressed, strict=True))
+        moved = z + step.step_size * (convolution(step.expand, z) - pulled)
+        columns.append((moved / moved.norm()).flatten())
+    return torch.stack(columns, 1)
+
+
 def residual(step, Z, moved):
     return Z + (moved if step.layer_scale is None else torch.diag(step.layer_scale) @ moved)
 
@@ -189,6 +224,8 @@ NAIVE = {
     OvercompleteISTA: naive_overcomplete,
     TSSA: naive_tssa,
     UntiedTSSA: naive_untied_tssa,
+    RateReduction: naive_rate_reduction,
+    ShiftInvariantRateReduction: naive_shift_invariant,
     MHSA: naive_mhsa,
     MLP: naive_mlp,
 }
@@ -207,6 +244,12 @@ OPTIONS = {
     UntiedMSSA: [{"output_bias": False}],
     TSSA: [{"bias": True}, {"head_dim": 2}],
     UntiedTSSA: [{"bias": False}, {"head_dim": 4}],
+    ShiftInvariantRateReduction: [
+        {"shape": (1, 6)},
+        {"shape": (6, 1)},
+        {"shape": (1, 3, 2)},
+        {"shape": (1, 2, 3)},
+    ],
     MHSA: [{"layer_scale": 0.5}],
     MLP: [{"layer_scale": 0.5}, {"ratio": 1.5}],
 }

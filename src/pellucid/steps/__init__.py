@@ -4,6 +4,7 @@ from pellucid.steps.blackbox import MHSA, MLP, BlackBox
 from pellucid.steps.ista import ISTA, SoftISTA, Synthesis
 from pellucid.steps.mssa import MSSA, Decompression, ExactCompression, SubspaceStep, UntiedMSSA
 from pellucid.steps.overcomplete import OvercompleteISTA
+from pellucid.steps.rate_reduction import RateReduction, ShiftInvariantRateReduction
 from pellucid.steps.step import OnStep, Step, StepRecord, unroll
 from pellucid.steps.strict import StrictCompression, StrictISTA
 from pellucid.steps.tssa import TSSA, UntiedTSSA
@@ -19,6 +20,8 @@ __all__ = [
     "ExactCompression",
     "OnStep",
     "OvercompleteISTA",
+    "RateReduction",
+    "ShiftInvariantRateReduction",
     "SoftISTA",
     "Step",
     "StepRecord",
