@@ -39,10 +39,10 @@ from pellucid.objectives.reconstruction import (
 from pellucid.objectives.self_distillation import simdino
 
 __all__ = [
-    "VE",
-    "VP",
     "Flow",
     "Schedule",
+    "VE",
+    "VP",
     "add_noise",
     "class_coding_rate",
     "coding_rate",
@@ -57,8 +57,8 @@ __all__ = [
     "nonnegative_lasso",
     "nonzero_fraction",
     "rate_reduction",
-    "simdino",
     "score_from_denoised",
+    "simdino",
     "sparse_rate_reduction",
     "squared_error",
     "subspace_coding_rate",
