@@ -39,10 +39,10 @@ from pellucid.objectives.reconstruction import (
 from pellucid.objectives.self_distillation import simdino
 
 __all__ = [
-    "Flow",
-    "Schedule",
     "VE",
     "VP",
+    "Flow",
+    "Schedule",
     "add_noise",
     "class_coding_rate",
     "coding_rate",
