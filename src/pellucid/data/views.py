@@ -82,7 +82,7 @@ class View:
     def batch(
         self, images: Pictures, index: npt.ArrayLike | torch.Tensor, epoch: int | npt.ArrayLike = 0
     ) -> torch.Tensor:
-        """float32 (b, in_chans, *img_size). ``images``: b tensors uint8 (c, h, w), or one (b, c, h, w).
+        """float32 ``(b, in_chans, *img_size)``. ``images``: b tensors uint8 (c, h, w), or one (b, c, h, w).
 
         ``index`` (b,) says which items they are; ``epoch`` is one number or one per item.
         """
