@@ -240,23 +240,23 @@ class ExactCompression(SubspaceStep):
 
 
 class Orthonormal(nn.Module):
-    """Rows made orthonormal, in order: a parametrisation of all bases at once, so that none overlap.
+    r"""Orthonormal rows from any matrix: a parametrisation of all bases at once, so that none overlap.
 
-    By Cholesky factors of the Gram matrix, twice: once loses orthogonality with the square of the condition
-    number, the second pass restores it to round-off.
+    .. math:: \bar U^\top = \bigl[(I + S)^{-1} (I - S)\bigr]_{1 \ldots r}, \qquad S = A - A^\top,
+
+    A being the matrix on top of zeros. This is Cayley's transform: S is skew, so I + S is never singular and
+    nothing that a parameter may become has no basis. Orthogonalising the rows themselves breaks down where
+    training makes them dependent, which it does.
     """
 
     def forward(self, matrix: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
+        rows, dim = matrix.shape
         with full_precision(matrix):
             wide = matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
-            for _ in range(2):
-                factor = torch.linalg.cholesky(wide @ wide.mT)
-                wide = torch.linalg.solve_triangular(factor, wide, upper=False)
-            return wide.to(matrix.dtype)
-
-    def right_inverse(self, matrix: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
-        """What an orthonormal matrix is made from: itself."""
-        return matrix
+            square = F.pad(wide, (0, 0, 0, dim - rows))
+            skew = square - square.mT
+            identity = torch.eye(dim, dtype=wide.dtype, device=wide.device)
+            return torch.linalg.solve(identity + skew, identity - skew)[:rows].to(matrix.dtype)
 
 
 def output_map(subspaces: nn.Linear, bias: bool) -> nn.Linear:
