@@ -12,10 +12,12 @@ from pellucid.steps import (
     ISTA,
     MHSA,
     MLP,
+    MSP,
     MSSA,
     TSSA,
     Decompression,
     ExactCompression,
+    OrthogonalIteration,
     OvercompleteISTA,
     RateReduction,
     ShiftInvariantRateReduction,
@@ -211,6 +213,24 @@ def naive_mlp(step, Z, X):
     return residual(step, Z, step.fc2.weight @ gelu + step.fc2.bias[:, None])
 
 
+def naive_polar(M):
+    """Newton and Schulz's iteration, which knows no decomposition."""
+    M = M / torch.linalg.norm(M)
+    for _ in range(100):
+        M = 1.5 * M - 0.5 * M @ M.T @ M
+    return M
+
+
+def naive_orthogonal_iteration(step, Z, X):
+    samples = step.samples.T
+    return naive_polar(sum(x[:, None] @ (x[None] @ Z) for x in samples.T))
+
+
+def naive_msp(step, Z, X):
+    samples = step.samples.T
+    return naive_polar(samples @ ((Z.T @ samples) ** 3).T)
+
+
 NAIVE = {
     ISTA: naive_ista,
     SoftISTA: naive_soft_ista,
@@ -226,6 +246,8 @@ NAIVE = {
     UntiedTSSA: naive_untied_tssa,
     RateReduction: naive_rate_reduction,
     ShiftInvariantRateReduction: naive_shift_invariant,
+    OrthogonalIteration: naive_orthogonal_iteration,
+    MSP: naive_msp,
     MHSA: naive_mhsa,
     MLP: naive_mlp,
 }

@@ -29,8 +29,10 @@ from pellucid.objectives.denoising import (
     score_from_denoised,
     tweedie,
 )
+from pellucid.objectives.projection import captured_energy, fourth_power
 from pellucid.objectives.reconstruction import (
     lasso,
+    lasso_gap,
     masked_error,
     nonnegative_lasso,
     nonzero_fraction,
@@ -44,13 +46,16 @@ __all__ = [
     "Flow",
     "Schedule",
     "add_noise",
+    "captured_energy",
     "class_coding_rate",
     "coding_rate",
     "denoising_loss",
     "entropy_slope",
+    "fourth_power",
     "gaussian_entropy",
     "gaussian_entropy_slope",
     "lasso",
+    "lasso_gap",
     "make_schedule",
     "masked_error",
     "nats_to_bits",

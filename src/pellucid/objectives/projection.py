@@ -39,7 +39,7 @@ def fourth_power(U: Float[Tensor, "*b p d"], samples: Float[Tensor, "N d"]) -> F
 def _coordinates(U: Tensor, samples: Tensor) -> Tensor:
     if samples.dim() != 2 or U.dim() < 2 or U.shape[-1] != samples.shape[1]:
         raise ValueError(
-            f"directions {tuple(U.shape)} and samples {tuple(samples.shape)} do not fit: expected (..., p, d) "
-            f"and (N, d)"
+            f"directions {tuple(U.shape)} and samples {tuple(samples.shape)} do not fit: expected "
+            f"(..., p, d) and (N, d)"
         )
     return samples @ U.mT

@@ -19,11 +19,7 @@ def squared_error(
     Raises:
         ValueError: shapes that do not fit, naming all three.
     """
-    if dictionary.dim() != 2 or z.shape[-1] != dictionary.shape[1] or x.shape[-1] != dictionary.shape[0]:
-        raise ValueError(
-            f"code {tuple(z.shape)}, signal {tuple(x.shape)} and dictionary {tuple(dictionary.shape)} do not "
-            f"fit: expected (..., n, m), (..., n, d) and (d, m)"
-        )
+    _check_fit(z, x, dictionary)
     return 0.5 * (x - z @ dictionary.mT).square().sum((-2, -1))
 
 
@@ -38,6 +34,36 @@ def lasso(
     With Z = 0 it is half the energy of the signal. Summed over tokens.
     """
     return squared_error(z, x, dictionary) + sparsity * z.abs().sum((-2, -1))
+
+
+def lasso_gap(
+    z: Float[Tensor, "*b n m"],
+    x: Float[Tensor, "*b n d"],
+    dictionary: Float[Tensor, "d m"],
+    sparsity: float,
+    *,
+    nonnegative: bool = False,
+) -> Float[Tensor, "*b n"]:
+    r"""How far the LASSO of each token can at most lie above its minimum: the duality gap.
+
+    .. math::
+        \tfrac12 (1 - s)^2 \|r\|^2 + \textstyle\sum_i (\lambda |z_i| - s\, c_i z_i), \qquad
+        r = x - D z, \quad c = D^\top r, \quad s = \min(1, \lambda / \max_i |c_i|)
+
+    The residual scaled by s is the dual point, feasible because no atom exceeds :math:`\lambda` on it. Primal
+    minus dual value has been sorted into terms none of which is negative, so that small gaps are not lost in
+    the difference of large values. With ``nonnegative`` codes only c, not its modulus, is bounded.
+
+    Raises:
+        ValueError: as :func:`squared_error`.
+    """
+    _check_fit(z, x, dictionary)
+    residual = x - z @ dictionary.mT
+    c = residual @ dictionary
+    largest = (c if nonnegative else c.abs()).amax(-1)
+    scale = sparsity / largest.clamp_min(sparsity)
+    price = (sparsity * z.abs() - scale.unsqueeze(-1) * (c * z)).sum(-1)
+    return 0.5 * (1 - scale).square() * residual.square().sum(-1) + price
 
 
 def nonnegative_lasso(
@@ -78,3 +104,11 @@ def masked_error(
         )
     error = (prediction - target).square().mean(-1).masked_fill(~mask, 0)
     return error.sum(-1) / mask.sum(-1)
+
+
+def _check_fit(z: Tensor, x: Tensor, dictionary: Tensor) -> None:
+    if dictionary.dim() != 2 or z.shape[-1] != dictionary.shape[1] or x.shape[-1] != dictionary.shape[0]:
+        raise ValueError(
+            f"code {tuple(z.shape)}, signal {tuple(x.shape)} and dictionary {tuple(dictionary.shape)} do not "
+            f"fit: expected (..., n, m), (..., n, d) and (d, m)"
+        )

@@ -1,9 +1,10 @@
 """How one update improves an objective: each step is a module with its parameters and what it lowers."""
 
 from pellucid.steps.blackbox import MHSA, MLP, BlackBox
-from pellucid.steps.ista import ISTA, SoftISTA, Synthesis
+from pellucid.steps.ista import ISTA, Momentum, SoftISTA, Synthesis
 from pellucid.steps.mssa import MSSA, Decompression, ExactCompression, SubspaceStep, UntiedMSSA
 from pellucid.steps.overcomplete import OvercompleteISTA
+from pellucid.steps.power import MSP, OrthogonalIteration, PowerStep
 from pellucid.steps.rate_reduction import RateReduction, ShiftInvariantRateReduction
 from pellucid.steps.step import OnStep, Step, StepRecord, unroll
 from pellucid.steps.strict import StrictCompression, StrictISTA
@@ -13,13 +14,17 @@ __all__ = [
     "ISTA",
     "MHSA",
     "MLP",
+    "MSP",
     "MSSA",
     "TSSA",
     "BlackBox",
     "Decompression",
     "ExactCompression",
+    "Momentum",
     "OnStep",
+    "OrthogonalIteration",
     "OvercompleteISTA",
+    "PowerStep",
     "RateReduction",
     "ShiftInvariantRateReduction",
     "SoftISTA",
