@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import pellucid.steps
+from pellucid.objectives import VE
 from pellucid.steps import (
     ISTA,
     MHSA,
@@ -17,6 +18,7 @@ from pellucid.steps import (
     MSSA,
     TSSA,
     Decompression,
+    Denoise,
     ExactCompression,
     OrthogonalIteration,
     OvercompleteISTA,
@@ -33,6 +35,24 @@ from pellucid.steps import (
 
 DIM = 6
 
+
+class Points(nn.Module):
+    """The posterior mean of a few points, which are learned, and the density of what is seen of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.points = nn.Parameter(torch.randn(4, DIM))
+
+    def logits(self, z, t):
+        return -(z.unsqueeze(-2) - self.points).square().sum(-1) / (2 * t**2)
+
+    def forward(self, z, t):
+        return self.logits(z, t).softmax(-1) @ self.points
+
+    def log_density(self, z, t):
+        return self.logits(z, t).logsumexp(-1)
+
+
 # How to make one of each for tokens of width DIM. A step missing here fails test_contract.
 MAKE = {
     ISTA: lambda **kw: ISTA(DIM, **kw),
@@ -48,6 +68,7 @@ MAKE = {
     OvercompleteISTA: lambda **kw: OvercompleteISTA(DIM, **kw),
     OrthogonalIteration: lambda **kw: OrthogonalIteration(torch.randn(8, DIM), **kw),
     MSP: lambda **kw: MSP(torch.randn(8, DIM), **kw),
+    Denoise: lambda **kw: Denoise(Points(), **{"schedule": VE(), "t": 0.8, "t_next": 0.5, **kw}),
     Synthesis: lambda **kw: Synthesis(DIM, **kw),
     RateReduction: lambda **kw: RateReduction(DIM, 3, **{"sharpness": 2.0, **kw}),
     ShiftInvariantRateReduction: lambda **kw: ShiftInvariantRateReduction(

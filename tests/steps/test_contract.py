@@ -12,6 +12,7 @@ from pellucid.steps import (
     MSSA,
     TSSA,
     Decompression,
+    Denoise,
     ExactCompression,
     OrthogonalIteration,
     OvercompleteISTA,
@@ -273,6 +274,8 @@ def rounds(step, most):
 
 def gradient_step(step, num_tokens):
     """How far along the objective's gradient one unit of ``step_size`` goes."""
+    if isinstance(step, Denoise):
+        return step.t**2
     if isinstance(step, TSSA):
         return num_tokens  # its objective is a mean over tokens
     if isinstance(step, StrictCompression):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from pellucid.objectives import VP, Flow
 from pellucid.steps import (
     ISTA,
     MHSA,
@@ -16,6 +17,7 @@ from pellucid.steps import (
     MSSA,
     TSSA,
     Decompression,
+    Denoise,
     ExactCompression,
     OrthogonalIteration,
     OvercompleteISTA,
@@ -231,7 +233,22 @@ def naive_msp(step, Z, X):
     return naive_polar(samples @ ((Z.T @ samples) ** 3).T)
 
 
+def naive_denoise(step, Z, X):
+    a, s, a_next, s_next = (
+        f(t) for t in (step.t, step.t_next) for f in (step.schedule.alpha, step.schedule.sigma)
+    )
+    columns = []
+    for z in Z.T:
+        distances = torch.stack([(z - p) @ (z - p) for p in step.denoiser.points])
+        weights = torch.exp(-distances / (2 * step.t**2)) / torch.exp(-distances / (2 * step.t**2)).sum()
+        guess = sum(w * p for w, p in zip(weights, step.denoiser.points, strict=True))
+        noise = (z - a * guess) / s
+        columns.append(a_next * guess + s_next * noise)
+    return torch.stack(columns, 1)
+
+
 NAIVE = {
+    Denoise: naive_denoise,
     ISTA: naive_ista,
     SoftISTA: naive_soft_ista,
     MSSA: naive_mssa,
@@ -254,6 +271,7 @@ NAIVE = {
 
 # Beside the step size and the norm: what else a class can be told that changes its numbers.
 OPTIONS = {
+    Denoise: [{"t_next": 0.0}, {"schedule": VP()}, {"schedule": Flow(), "t": 1.0}],
     OvercompleteISTA: [
         {"decoupled": False},
         {"residual": False},

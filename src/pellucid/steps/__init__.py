@@ -1,6 +1,7 @@
 """How one update improves an objective: each step is a module with its parameters and what it lowers."""
 
 from pellucid.steps.blackbox import MHSA, MLP, BlackBox
+from pellucid.steps.denoise import Denoise, Renoise
 from pellucid.steps.ista import ISTA, Momentum, SoftISTA, Synthesis
 from pellucid.steps.mssa import MSSA, Decompression, ExactCompression, SubspaceStep, UntiedMSSA
 from pellucid.steps.overcomplete import OvercompleteISTA
@@ -19,6 +20,7 @@ __all__ = [
     "TSSA",
     "BlackBox",
     "Decompression",
+    "Denoise",
     "ExactCompression",
     "Momentum",
     "OnStep",
@@ -26,6 +28,7 @@ __all__ = [
     "OvercompleteISTA",
     "PowerStep",
     "RateReduction",
+    "Renoise",
     "ShiftInvariantRateReduction",
     "SoftISTA",
     "Step",
