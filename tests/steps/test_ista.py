@@ -158,10 +158,10 @@ def test_two_products_fresh_fold_and_kept_fold_are_one_number(cls, dtype, tolera
     expected = two_products(step, z)
     assert 0 < (expected != 0).double().mean() < 1
     torch.testing.assert_close(fresh(step, z), expected, rtol=tolerance, atol=tolerance)
-    assert step._fold is None
+    assert step._fold.made is None
     for _ in range(2):
         torch.testing.assert_close(kept(step, z), expected, rtol=tolerance, atol=tolerance)
-    assert step._fold is not None
+    assert step._fold.made is not None
 
 
 @both
@@ -211,7 +211,7 @@ def test_a_kept_fold_does_not_outlive_a_change(cls, change):
     step = solver(cls, 8, 8).eval()
     z = normal(2, 5, 8)
     before = kept(step, z)
-    assert step._fold is not None
+    assert step._fold.made is not None
     change(step)
     z = z.to(step.dictionary.dtype)
     with torch.no_grad():
@@ -231,20 +231,20 @@ def test_a_fold_is_made_anew_in_another_precision_even_where_the_numbers_are_the
     kept(step, z.bfloat16())
     step.float()
     torch.testing.assert_close(kept(step, z), two_products(step, z), rtol=1e-6, atol=1e-6)
-    assert step._fold.matrix.dtype == torch.float32
+    assert step._fold.made.dtype == torch.float32
 
 
 def test_a_fold_is_kept_as_long_as_nothing_changes():
     step, z = solver(ISTA, 8, 8), normal(2, 5, 8)
     kept(step, z)
-    first = step._fold
+    first = step._fold.made
     kept(step, 2 * z)
     assert first is not None
-    assert step._fold is first
+    assert step._fold.made is first
     with torch.autocast("cpu", torch.bfloat16):
         kept(step, z)
-    assert step._fold is first  # whoever asks, in whatever precision
-    assert copy.deepcopy(step)._fold is None
+    assert step._fold.made is first  # whoever asks, in whatever precision
+    assert copy.deepcopy(step)._fold.made is None
 
 
 def test_a_fold_first_asked_for_under_autocast_is_not_rounded():
@@ -257,19 +257,19 @@ def test_a_fold_first_asked_for_under_autocast_is_not_rounded():
 def test_no_fold_is_kept_where_gradients_may_be_asked_for():
     step, z = solver(ISTA, 8, 8), normal(2, 5, 8)
     step.eval()(z).sum().backward()  # evaluation mode, but the dictionary wants a gradient
-    assert step._fold is None
+    assert step._fold.made is None
     assert step.dictionary.grad.any()
     with torch.no_grad():
         step.train()(z)  # about to be trained: a fold would serve once
-    assert step._fold is None
+    assert step._fold.made is None
 
     step.eval().requires_grad_(False)
     z.requires_grad_()
     step(z).sum().backward()  # frozen, but the tokens want one
-    assert step._fold is None
+    assert step._fold.made is None
     assert z.grad.any()
     step(z.detach())  # frozen, and nobody wants one
-    assert step._fold is not None
+    assert step._fold.made is not None
 
 
 def test_a_fold_made_in_inference_mode_serves_outside_it():

@@ -205,3 +205,19 @@ def test_what_is_learnt_cannot_be_set_as_a_constant():
     ):
         with pytest.raises(AttributeError, match=f"{name} of {type(step).__name__} is learnt"):
             setattr(step, name, 0.5)
+
+
+def test_what_is_kept_for_inference_follows_every_change():
+    layers = StrictCompression(6, 2).eval(), StrictISTA(6).eval()
+    z = torch.randn(2, 5, 6)
+    for step in layers:
+        for change in ("none", "in place", "through data", "share"):
+            with torch.no_grad():
+                if change == "in place":
+                    next(p for p in step.parameters() if p.dim() == 2).add_(0.1 * torch.randn(6, 6))
+                elif change == "through data":
+                    next(p for p in step.parameters() if p.dim() == 2).data += 0.1 * torch.randn(6, 6)
+                elif change == "share":
+                    step.share.add_(0.5)
+                kept = step(z)
+            torch.testing.assert_close(step(z).detach(), kept)  # with gradients nothing is kept

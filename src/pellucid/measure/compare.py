@@ -244,7 +244,7 @@ def forward_flop(model: nn.Module, images: Float[Tensor, "b c h w"]) -> int:
     Matrix products, attention and convolutions are counted, element-wise operations are not. Attention is
     counted in its plain form, since torch has no count of the fused one.
     """
-    with in_eval_mode(model), torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
+    with in_eval_mode(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(images)  # what is folded once and kept is no cost of an image
         with FlopCounterMode(display=False) as counter:
             model(images)

@@ -7,14 +7,13 @@ With non-negative codes the proximal operator is a shifted ReLU, and a step look
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pellucid.objectives.reconstruction import lasso
+from pellucid.steps.kept import Kept, is_inference
 from pellucid.steps.step import Step, full_precision
 
 
@@ -57,7 +56,7 @@ class ISTA(Step):
         self.step_size, self.sparsity = step_size, sparsity
         self.dictionary = nn.Parameter(torch.empty(dim, dim if num_atoms is None else num_atoms))
         nn.init.orthogonal_(self.dictionary)
-        self._fold: _Fold | None = None
+        self._fold = Kept()
 
     def forward(self, z: Float[Tensor, "b n m"], x: Tensor | None = None) -> Float[Tensor, "b n m"]:
         if x is not None:
@@ -101,9 +100,8 @@ class ISTA(Step):
         """
         if torch.compiler.is_compiling():
             return None if self.training else self._make_fold()
-        gradients = torch.is_grad_enabled() and (z.requires_grad or self.dictionary.requires_grad)
-        if not self.training and not gradients and z.device.type == "cpu":
-            return self._kept_fold()
+        if not self.training and is_inference(z, self.dictionary):
+            return self._fold(self._make_kept_fold, (self.dictionary,), (self.step_size,))
         tokens = z.numel() // z.shape[-1]
         return self._make_fold() if tokens > self.dictionary.shape[0] else None
 
@@ -114,23 +112,10 @@ class ISTA(Step):
             dictionary = dictionary.float()
         return self.step_size * (dictionary - dictionary.mT @ dictionary)
 
-    def _kept_fold(self) -> Tensor:
-        """C from the last call if the dictionary still holds the same numbers, else made anew.
-
-        Compared number by number: version counters miss writes through ``.data``, and reading d^2 numbers is
-        nothing beside a product.
-        """
-        fold = self._fold
-        if fold is None or not fold.holds_for(self):
-            # Kept for callers in any precision, so made in full.
-            with torch.no_grad(), full_precision(self.dictionary):
-                matrix = self._make_fold().to(self.dictionary.dtype)
-                fold = _Fold(self.dictionary.detach().clone(), self.step_size, matrix)
-            self._fold = fold
-        return fold.matrix
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_fold": None}
+    def _make_kept_fold(self) -> Tensor:
+        """C for callers in any precision, so made in full."""
+        with full_precision(self.dictionary):
+            return self._make_fold().to(self.dictionary.dtype)
 
 
 class SoftISTA(ISTA):
@@ -138,6 +123,59 @@ class SoftISTA(ISTA):
 
     def shrink(self, v: Float[Tensor, "b n m"]) -> Float[Tensor, "b n m"]:
         return F.softshrink(v, self.step_size * self.sparsity)
+
+
+class FreeISTA(Step):
+    r"""A layer of the original LISTA (Gregor and LeCun 2010): ISTA's step with every matrix free.
+
+    .. math:: Z^+ = h_\theta(X W_e^\top + Z S^\top), \qquad h_\theta(v) = \mathrm{sign}(v)\,(|v| - \theta)_+
+
+    At :math:`W_e = \eta D^\top`, :math:`S = I - \eta D^\top D` and :math:`\theta = \eta\lambda`, where it begins,
+    it is :class:`SoftISTA`. Once learnt, nothing ties it to a dictionary, and it states no objective.
+
+    Args:
+        dim, num_atoms, step_size, sparsity, enter: see :class:`ISTA`; of a random orthogonal dictionary.
+    """
+
+    objective_name = None
+
+    def __init__(
+        self,
+        dim: int,
+        num_atoms: int | None = None,
+        *,
+        step_size: float = 0.1,
+        sparsity: float = 0.1,
+        enter: nn.Module | None = None,
+    ) -> None:
+        super().__init__(enter)
+        m = dim if num_atoms is None else num_atoms
+        self.step_size = step_size
+        self.encoder = nn.Parameter(torch.empty(m, dim))
+        self.lateral = nn.Parameter(torch.empty(m, m))
+        self.threshold = nn.Parameter(torch.empty(m))
+        self.begin_at(nn.init.orthogonal_(torch.empty(dim, m)), sparsity)
+
+    @torch.no_grad()
+    def begin_at(self, dictionary: Float[Tensor, "d m"], sparsity: float) -> None:
+        """Become one step of ISTA in this dictionary."""
+        self.encoder.copy_(self.step_size * dictionary.mT)
+        self.lateral.copy_(-self.step_size * dictionary.mT @ dictionary).diagonal().add_(1)
+        self.threshold.fill_(self.step_size * sparsity)
+
+    @property
+    def dictionary(self) -> Float[Tensor, "d m"]:
+        """What the encoder takes the atoms to be, ``W_e^T / step_size``."""
+        return self.encoder.mT / self.step_size
+
+    def forward(self, z: Float[Tensor, "b n m"], x: Tensor | None = None) -> Float[Tensor, "b n m"]:
+        v = (z if x is None else x) @ self.encoder.mT + z @ self.lateral.mT
+        return v - v.clamp(-self.threshold.abs(), self.threshold.abs())
+
+    def objective(
+        self, z: Float[Tensor, "b n m"], start: Float[Tensor, "b n m"], x: Tensor | None = None
+    ) -> Float[Tensor, " b"]:
+        raise TypeError("FreeISTA states no objective - there is nothing to measure")
 
 
 class Momentum(nn.Module):
@@ -151,25 +189,27 @@ class Momentum(nn.Module):
     Candès 2015). The objective's excess falls with the square of the number of steps for
     ``step_size <= 1/||D||^2``, half of what ISTA may take.
 
-    It remembers the tokens of its last call: one door for one run of :func:`~pellucid.steps.unroll`.
+    One door for one run of :func:`~pellucid.steps.unroll`: it remembers.
+
+    Attributes:
+        memory: the tokens of the last call, what they were extrapolated to, and t; None before the first. A run
+            goes on where another stopped by taking over its memory.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._last: Tensor | None = None
-        self._entered: Tensor | None = None
-        self._t: Tensor | None = None
+        self.memory: tuple[Tensor, Tensor, Tensor] | None = None
 
     def forward(self, z: Float[Tensor, "b n m"]) -> Float[Tensor, "b n m"]:
-        if self._last is None or self._entered is None or self._t is None:
-            entered, self._t = z, torch.ones_like(z[..., :1])
-        else:
-            moved = z - self._last
-            against = torch.linalg.vecdot(self._entered - z, moved).unsqueeze(-1) > 0
-            t = (1 + (1 + 4 * self._t.square()).sqrt()) / 2
-            entered = torch.addcmul(z, moved, ((self._t - 1) / t).masked_fill(against, 0))
-            self._t = t.masked_fill(against, 1)
-        self._last, self._entered = z, entered
+        if self.memory is None:
+            self.memory = z, z, torch.ones_like(z[..., :1])
+            return z
+        last, entered, t = self.memory
+        moved = z - last
+        against = torch.linalg.vecdot(entered - z, moved).unsqueeze(-1) > 0
+        t_next = (1 + (1 + 4 * t.square()).sqrt()) / 2
+        entered = torch.addcmul(z, moved, ((t - 1) / t_next).masked_fill(against, 0))
+        self.memory = z, entered, t_next.masked_fill(against, 1)
         return entered
 
 
@@ -196,21 +236,3 @@ class Synthesis(Step):
         self, z: Float[Tensor, "b n d"], start: Float[Tensor, "b n d"], x: Tensor | None = None
     ) -> Float[Tensor, " b"]:
         raise TypeError("Synthesis lowers no objective - there is nothing to measure")
-
-
-@dataclass(frozen=True, slots=True)
-class _Fold:
-    """A kept fold and what it was made from."""
-
-    dictionary: Tensor
-    step_size: float
-    matrix: Tensor
-
-    def holds_for(self, step: ISTA) -> bool:
-        now = step.dictionary
-        return (
-            self.step_size == step.step_size
-            and self.dictionary.dtype == now.dtype
-            and self.dictionary.device == now.device
-            and torch.equal(self.dictionary, now)
-        )

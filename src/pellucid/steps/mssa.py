@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from pellucid.objectives.coding_rate import coding_rate, subspace_coding_rate
+from pellucid.steps.kept import Kept, is_inference
 from pellucid.steps.step import Step, full_precision
 
 
@@ -249,7 +250,17 @@ class Orthonormal(nn.Module):
     training makes them dependent, which it does.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept = Kept()
+
     def forward(self, matrix: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
+        if is_inference(matrix):
+            return self._kept(lambda: self.transform(matrix), (matrix,))
+        return self.transform(matrix)
+
+    @staticmethod
+    def transform(matrix: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
         rows, dim = matrix.shape
         with full_precision(matrix):
             wide = matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix

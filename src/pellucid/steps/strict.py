@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pellucid.steps.ista import SoftISTA
+from pellucid.steps.kept import Kept, is_inference
 from pellucid.steps.mssa import ExactCompression
 from pellucid.steps.step import full_precision
 
@@ -96,6 +97,7 @@ class StrictISTA(SoftISTA):
             raise ValueError(f"sparsity is {sparsity}; a learned price begins above 0")
         self.share = nn.Parameter(torch.tensor(_logit(share)))
         self.log_sparsity = nn.Parameter(torch.tensor(math.log(sparsity)))
+        self._bound, self._change = Kept(), Kept()
 
     @property
     def step_size(self) -> float:
@@ -116,14 +118,16 @@ class StrictISTA(SoftISTA):
         _refuse_to_set(self, "sparsity", "log_sparsity")
 
     def forward(self, z: Float[Tensor, "b n m"], x: Tensor | None = None) -> Float[Tensor, "b n m"]:
-        eta = self.share.sigmoid() * 2 / spectral_bound(self.dictionary)
+        D = self.dictionary
+        keep = is_inference(z, D)
+        bound = self._bound(lambda: spectral_bound(D), (D,)) if keep else spectral_bound(D)
+        eta = self.share.sigmoid() * 2 / bound
         if x is None:
             self.check_complete()
-            fold = eta * (self.dictionary - self.dictionary.mT @ self.dictionary)
-            moved = z + z @ fold.to(z.dtype)
+            change = self._change(lambda: D - D.mT @ D, (D,)) if keep else D - D.mT @ D
+            moved = z + z @ (eta * change).to(z.dtype)
         else:
-            residual = x - z @ self.dictionary.mT
-            moved = z + eta.to(z.dtype) * (residual @ self.dictionary)
+            moved = z + eta.to(z.dtype) * ((x - z @ D.mT) @ D)
         threshold = (eta * self.log_sparsity.exp()).to(z.dtype)
         return F.softshrink(moved / threshold, 1.0) * threshold
 
