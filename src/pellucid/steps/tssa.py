@@ -95,11 +95,11 @@ class TSSA(SubspaceStep):
         blocks = heads.unsqueeze(-1).expand(-1, -1, self.head_dim).flatten(-2)  # K Kp: whose coordinate it is
 
         energy = squares.sum(-2, keepdim=True).clamp_min(SMALLEST_ENERGY)
-        membership = (squares @ (self.temperature[:, None] * blocks / energy).mT).softmax(-1)
-        weights = membership / membership.sum(-2, keepdim=True).clamp_min(1e-8)
-        moments = (weights.mT @ squares * blocks).sum(-2, keepdim=True)
+        membership = (self.temperature[:, None] * blocks / energy @ squares.mT).softmax(-2)  # b K n
+        weights = membership / membership.sum(-1, keepdim=True).clamp_min(1e-8)
+        moments = (weights @ squares * blocks).sum(-2, keepdim=True)
         slope = self.scale / (1 + self.scale * moments)
-        return tokens * (membership @ (blocks * -slope))
+        return tokens * (membership.mT @ (blocks * -slope))
 
     def direction(self, w: Float[Tensor, "b K n p"]) -> Float[Tensor, "b n d"]:
         return self.directions(w) @ self.subspaces.weight
