@@ -489,6 +489,72 @@ def compare(
 
 
 @app.command
+def fit(
+    method: str,
+    data: str,
+    *,
+    out: Annotated[Path, Parameter(("-o", "--out"))],
+    option: Annotated[list[str] | None, Parameter(consume_multiple=False)] = None,
+    seed: int = 0,
+    side: int | None = None,
+    patch_size: int | None = None,
+    limit: int | None = None,
+    dims: int | None = None,
+    overwrite: bool = False,
+    source: Annotated[Source, _Flat] | None = None,
+) -> None:
+    """Fit an analytic method to images: PCA, sparse coding, ReduNet, ... with its measures and pictures.
+
+    Parameters
+    ----------
+    method
+        pca, lossy-clustering, nearest-subspace or redunet.
+    data
+        As for train. Labels are used by methods that classify, and to judge those that cluster.
+    out
+        The folder to write: estimator.json, estimator.safetensors, result.json, report.html.
+    option
+        Of the method, as NAME=VALUE, such as n_components=20; may be given several times.
+    seed
+        Of everything random.
+    side
+        Pictures larger than so many pixels are made so small; the method's own when left out.
+    patch_size
+        Side of a patch, for methods that look at patches; 8, or half a small picture, when left out.
+    limit
+        Fit on no more than so many images; the method's own when left out.
+    dims
+        Rows are so many principal coordinates in place of pixels; the method's own when left out.
+    overwrite
+        Replace the fit in --out.
+    """
+    from pellucid.fitting import fit as run_fit
+
+    source = source or Source()
+    result = run_fit(
+        method,
+        data,
+        out=out,
+        options=_pairs(option or [], "--option", "n_components=20"),
+        seed=seed,
+        side=side,
+        patch_size=patch_size,
+        limit=limit,
+        dims=dims,
+        overwrite=overwrite,
+        command=shlex.join(["pellucid", *sys.argv[1:]]),
+        say=say,
+        download=source.download,
+        root=source.data_root,
+        max_bad=0.01 if source.max_bad is None else source.max_bad,
+    )
+    for name, value in result["measures"].items():
+        say(f"{name}: {value:.4g}")
+    say(f"fitted in {result['seconds']:.1f} s, in {out}")
+    say(f"report: {out / 'report.html'}")
+
+
+@app.command
 def check(data: str, *, max_bad: float = 0.01, download: bool = False, data_root: str | None = None) -> None:
     """Look at every image of a data set and list what is wrong with it.
 
@@ -602,7 +668,7 @@ def bench_tokens(
     limit_gib
         Explicit attention stops where its weights outgrow this.
     rounds
-        Repetitions; medians over them are shown.
+        Repetitions; the shortest is shown.
     out
         Write the rows as JSON.
     picture
@@ -871,18 +937,23 @@ def _network(name: str, pretrained: bool) -> Any:
 
 
 def _model_args(pairs: list[str]) -> dict[str, Any]:
+    return _pairs(pairs, "--model-arg", "depth=6")
+
+
+def _pairs(pairs: list[str], flag: str, example: str) -> dict[str, Any]:
+    """Every NAME=VALUE, the value read as YAML."""
     import yaml
 
     arguments = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise ConfigError(f"--model-arg is '{pair}'; expected NAME=VALUE, such as depth=6")
+            raise ConfigError(f"{flag} is '{pair}'; expected NAME=VALUE, such as {example}")
         try:
             arguments[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ConfigError(
-                f"--model-arg {key}: '{value}' is not a value - quote it, as {key}='...'"
+                f"{flag} {key}: '{value}' is not a value - quote it, as {key}='...'"
             ) from error
     return arguments
 

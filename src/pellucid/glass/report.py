@@ -15,6 +15,7 @@ from pellucid.glass.sections.attention import attention
 from pellucid.glass.sections.audit import audit
 from pellucid.glass.sections.compare import compared, cost, descent, precision
 from pellucid.glass.sections.data import data, reproduce
+from pellucid.glass.sections.fitted import fitted, pictures
 from pellucid.glass.sections.headline import headline
 from pellucid.glass.sections.learning import learning
 from pellucid.glass.sections.model import model
@@ -43,6 +44,13 @@ COMPARISON_SECTIONS = {
 }
 """The same for the page on several models, each trained from several seeds."""
 
+FIT_SECTIONS = {
+    "pictures": ("what it found", pictures),
+    "data": ("the data", data),
+    "reproduce": ("reproduce", reproduce),
+}
+"""The same for the page on one fitted estimator."""
+
 
 def render(bundle: dict) -> str:
     """The report on the models of ``bundle`` as the text of one HTML file (write it as UTF-8).
@@ -62,6 +70,12 @@ def render_comparison(bundle: dict) -> str:
     read = Bundle.read(bundle)
     title = read.fields.text("title", "comparison")
     return _page(title, compared(read), read, COMPARISON_SECTIONS)
+
+
+def render_fit(bundle: dict) -> str:
+    """The report on ``bundle["fit"]``, under the same promises as :func:`render`."""
+    read = Bundle.read(bundle)
+    return _page(read.fields.text("title", "fit"), fitted(read), read, FIT_SECTIONS)
 
 
 def _page(title: str, header: Html, read: Bundle, sections: Mapping[str, tuple[str, Maker]]) -> str:
@@ -111,4 +125,4 @@ def _file(name: str) -> str:
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
-__all__ = ["render", "render_comparison"]
+__all__ = ["render", "render_comparison", "render_fit"]
