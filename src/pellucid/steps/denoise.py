@@ -26,8 +26,8 @@ class Denoise(Step):
     :math:`-\log p_t(\mathrm{Z})`, summed over tokens and measured at :math:`\tfrac{\alpha_t}{\alpha_s} z_s`.
 
     Descends: for :math:`\eta < 2`, whatever the distribution of clean samples, if the denoiser is its
-    posterior mean: the Hessian of :math:`-\log p_t` is the identity over :math:`\sigma_t^2`, less a covariance
-    that is positive. So every step from more noise to less, where :math:`0 < \eta \le 1`, makes its sample
+    posterior mean: the Hessian of :math:`-\log p_t` is the identity over :math:`\sigma_t^2` less a
+    covariance. So every step from more noise to less, where :math:`0 < \eta \le 1`, makes its sample
     more likely at its level. ``unroll`` at one level climbs to a mode; with a mixture of points that is mean
     shift.
 
