@@ -34,7 +34,7 @@ class TrainConfig:
         out: the run's folder.
         model: any name of ``pellucid models`` or timm; chosen by the size of the pictures when empty.
         model_args: options of the architecture: ``img_size``, ``patch_size``, ``embed_dim``, ...
-        objective: what is learnt from: ``supervised``.
+        objective: what is learnt from: ``supervised`` (cross-entropy), or ``mcr2`` (rate reduction).
         seed: of everything random.
         epochs: passes over the training images; a fraction is allowed.
         batch_size: images of one optimiser step, over all devices and accumulated micro-batches.
@@ -44,6 +44,7 @@ class TrainConfig:
         warmup: share of the run over which rates rise.
         label_smoothing: share of the target spread over all classes.
         incoherence: weight of a penalty on subspaces that overlap or are not orthonormal, mean over layers.
+        eps: distortion, in rate reduction.
         clip: largest norm of the gradient; 0 leaves it alone.
         average: decay of averaged weights; 0 keeps none.
         augment: ``small`` (turn, shift, scale), ``photo`` (random crop), ``none``, or by the data.
@@ -77,6 +78,7 @@ class TrainConfig:
     warmup: float = 0.05
     label_smoothing: float = 0.1
     incoherence: float = 0.0
+    eps: float = 2.0
     clip: float = 0.0
     average: float = 0.0
     augment: Augment = "auto"
@@ -106,7 +108,7 @@ class TrainConfig:
             setattr(self, key, value)
         # YAML knows lists only, and a run is compared with what was written of it.
         self.model_args = {k: list(v) if isinstance(v, tuple) else v for k, v in self.model_args.items()}
-        for key in ("epochs", "batch_size", "accumulate", "lr", "matrix_lr"):
+        for key in ("epochs", "batch_size", "accumulate", "lr", "matrix_lr", "eps"):
             if not getattr(self, key) > 0:
                 raise ConfigError(f"{key} is {getattr(self, key)}; it must be larger than 0")
         for key in (

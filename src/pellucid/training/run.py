@@ -32,12 +32,14 @@ from pellucid.training.checkpoint import (
 from pellucid.training.config import TrainConfig, read_config, refuse_changes
 from pellucid.training.learner import Learner
 from pellucid.training.loops import fit_lightning, fit_plain
+from pellucid.training.mcr2 import MCR2
 from pellucid.training.recipe import MuonAdamW
 from pellucid.training.recorder import Recorder, StopFlag, read_lines
 from pellucid.training.supervised import Supervised
 
 OBJECTIVES: dict[str, Callable[[nn.Module, TrainConfig], nn.Module]] = {
     "supervised": lambda model, config: Supervised(model, config.label_smoothing, config.incoherence),
+    "mcr2": lambda model, config: MCR2(model, config.eps),
 }
 
 Say = Callable[[str], None]
