@@ -14,6 +14,7 @@ from pellucid.steps import (
     Decompression,
     Denoise,
     ExactCompression,
+    FreeISTA,
     OrthogonalIteration,
     OvercompleteISTA,
     RateReduction,
@@ -29,7 +30,7 @@ from pellucid.steps import (
 from pellucid.steps.strict import spectral_bound
 
 # Derived from no objective, as their docstrings say; all others must name one.
-STATE_NOTHING = {MHSA, MLP, Synthesis}
+STATE_NOTHING = {FreeISTA, MHSA, MLP, Synthesis}
 
 # Descent of these is only measured, as their docstrings say; all others must prove it below.
 ONLY_MEASURED = {MSSA, UntiedMSSA, Decompression, UntiedTSSA, RateReduction, ShiftInvariantRateReduction}

@@ -19,6 +19,7 @@ from pellucid.steps import (
     Decompression,
     Denoise,
     ExactCompression,
+    FreeISTA,
     OrthogonalIteration,
     OvercompleteISTA,
     RateReduction,
@@ -247,6 +248,11 @@ def naive_denoise(step, Z, X):
     return torch.stack(columns, 1)
 
 
+def naive_free_ista(step, Z, X):
+    v = step.encoder @ X + step.lateral @ Z
+    return soft_threshold(v, step.threshold.abs()[:, None])
+
+
 NAIVE = {
     Denoise: naive_denoise,
     ISTA: naive_ista,
@@ -263,6 +269,7 @@ NAIVE = {
     UntiedTSSA: naive_untied_tssa,
     RateReduction: naive_rate_reduction,
     ShiftInvariantRateReduction: naive_shift_invariant,
+    FreeISTA: naive_free_ista,
     OrthogonalIteration: naive_orthogonal_iteration,
     MSP: naive_msp,
     MHSA: naive_mhsa,

@@ -2,7 +2,7 @@
 
 from pellucid.steps.blackbox import MHSA, MLP, BlackBox
 from pellucid.steps.denoise import Denoise, Renoise
-from pellucid.steps.ista import ISTA, Momentum, SoftISTA, Synthesis
+from pellucid.steps.ista import ISTA, FreeISTA, Momentum, SoftISTA, Synthesis
 from pellucid.steps.mssa import MSSA, Decompression, ExactCompression, SubspaceStep, UntiedMSSA
 from pellucid.steps.overcomplete import OvercompleteISTA
 from pellucid.steps.power import MSP, OrthogonalIteration, PowerStep
@@ -22,6 +22,7 @@ __all__ = [
     "Decompression",
     "Denoise",
     "ExactCompression",
+    "FreeISTA",
     "Momentum",
     "OnStep",
     "OrthogonalIteration",

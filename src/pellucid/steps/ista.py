@@ -130,8 +130,8 @@ class FreeISTA(Step):
 
     .. math:: Z^+ = h_\theta(X W_e^\top + Z S^\top), \qquad h_\theta(v) = \mathrm{sign}(v)\,(|v| - \theta)_+
 
-    At :math:`W_e = \eta D^\top`, :math:`S = I - \eta D^\top D` and :math:`\theta = \eta\lambda`, where it begins,
-    it is :class:`SoftISTA`. Once learnt, nothing ties it to a dictionary, and it states no objective.
+    At :math:`W_e = \eta D^\top`, :math:`S = I - \eta D^\top D` and :math:`\theta = \eta\lambda`, where it
+    begins, it is :class:`SoftISTA`. Once learnt, nothing ties it to a dictionary, and it states no objective.
 
     Args:
         dim, num_atoms, step_size, sparsity, enter: see :class:`ISTA`; of a random orthogonal dictionary.
@@ -192,8 +192,8 @@ class Momentum(nn.Module):
     One door for one run of :func:`~pellucid.steps.unroll`: it remembers.
 
     Attributes:
-        memory: the tokens of the last call, what they were extrapolated to, and t; None before the first. A run
-            goes on where another stopped by taking over its memory.
+        memory: the tokens of the last call, what they were extrapolated to, and t; None before the first. A
+            run goes on where another stopped by taking over its memory.
     """
 
     def __init__(self) -> None:
