@@ -17,7 +17,8 @@ NAMES = [field.name for field in fields(TrainConfig)]
 OTHER = {
     "data": "cifar10", "out": "elsewhere", "model": "vit_digits", "model_args": {"depth": 3}, "seed": 1,
     "objective": "other", "epochs": 3, "batch_size": 64, "lr": 1e-2, "matrix_lr": 2e-2, "weight_decay": 0.1,
-    "warmup": 0.2, "label_smoothing": 0.2, "incoherence": 0.1, "eps": 1.0, "clip": 1.0, "average": 0.5, "augment": "photo", "flip": True,
+    "warmup": 0.2, "label_smoothing": 0.2, "incoherence": 0.1, "eps": 1.0,
+    "clip": 1.0, "average": 0.5, "augment": "photo", "flip": True,
     "precision": "bf16", "accumulate": 2, "workers": 3, "eval_every": 2, "save_every": 7,
     "init_from": "there", "new_head": True, "max_bad": 0.5, "download": True, "data_root": "root",
     "threads": 2, "engine": "plain", "accelerator": "cpu", "devices": 2, "nodes": 2,

@@ -26,9 +26,9 @@ class MCR2(nn.Module):
     .. math:: W = \bigl(\textstyle\sum_k S_k + \tfrac{\epsilon^2}{d} I\bigr)^{-1} [\mu_1 \cdots \mu_K],
         \qquad S_k = \mathbb E[z z^\top 1_k], \quad \mu_k = \mathbb E[z 1_k],
 
-    so that what a run hands over classifies like any other model. In evaluation, ``subspace accuracy`` is that
-    of the nearest of K subspaces of dimension d // K, leading eigenvectors of the :math:`S_k`: the classifier
-    that the objective suggests.
+    so that what a run hands over classifies like any other model. In evaluation, ``subspace accuracy`` is
+    that of the nearest of K subspaces of dimension d // K, leading eigenvectors of the :math:`S_k`: the
+    classifier that the objective suggests.
 
     Labels -1 say that the class is not known; such images take part in R only.
 
