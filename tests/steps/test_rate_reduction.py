@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from pellucid.objectives import class_coding_rate, coding_rate, rate_reduction
 from pellucid.steps import RateReduction, ShiftInvariantRateReduction, StepRecord, unroll
-from pellucid.steps.rate_reduction import compression, expansion, one_hot, signal, spectrum
+from pellucid.steps.rate_reduction import compression, expansion, one_hot, operators, signal, spectrum
 
 EPS = 0.5
 
@@ -44,6 +44,23 @@ def test_operators_are_the_gradients_of_the_rates(n, d, soft):
     exactly(
         sum(g * pi[:, None] * (z @ C) for g, pi, C in zip(share, weights.T, operators, strict=True)), gradient
     )
+
+
+@pytest.mark.parametrize(("n", "d"), SIZES)
+@pytest.mark.parametrize("kind", ["labels", "soft", "some unknown"])
+def test_products_in_common_change_nothing(n, d, kind):
+    labels = torch.arange(n) % 3
+    membership = {
+        "labels": labels,
+        "soft": soft_rows(n, 3),
+        "some unknown": labels.where(torch.arange(n) < n - 1, -1),
+    }
+    z = sphere(n, d)
+    weights = one_hot(membership[kind], z)
+    for rows in (z, spectrum(z, (1, d))):
+        expand, compress = operators(rows, weights, EPS)
+        exactly(expand, expansion(rows, EPS))
+        exactly(compress, compression(rows, weights, EPS))
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (5, 1, 9), (1, 1, 1), (40, 3, 2)])

@@ -87,8 +87,9 @@ class RateReduction(Step):
         weights = one_hot(membership, z)
         step = cls(z.shape[-1], weights.shape[-1], **options).to(z)
         with torch.no_grad():
-            step.expand.copy_(expansion(z, step.eps))
-            step.compress.copy_(compression(z, weights, step.eps))
+            expand, compress = operators(z, weights, step.eps)
+            step.expand.copy_(expand)
+            step.compress.copy_(compress)
             step.share.copy_(weights.sum(0) / weights.sum())
         return step
 
@@ -194,10 +195,10 @@ class ShiftInvariantRateReduction(RateReduction):
         """As :meth:`RateReduction.from_tokens`, for signals of this shape."""
         weights = one_hot(membership, z)
         step = cls(shape, weights.shape[-1], **options).to(z)
-        v = spectrum(z, step.shape)
         with torch.no_grad():
-            step.expand.copy_(step._kernels(expansion(v, step.eps)))
-            step.compress.copy_(step._kernels(compression(v, weights, step.eps)))
+            expand, compress = operators(spectrum(z, step.shape), weights, step.eps)
+            step.expand.copy_(step._kernels(expand))
+            step.compress.copy_(step._kernels(compress))
             step.share.copy_(weights.sum(0) / weights.sum())
         return step
 
@@ -273,26 +274,31 @@ def compression(
     Raises:
         ValueError: a class without tokens.
     """
-    d = z.shape[-1]
-    sizes = weights.sum(0)
-    if not bool((sizes > 0).all()):
-        empty = [j for j, size in enumerate(sizes.tolist()) if not size > 0]
-        raise ValueError(f"no tokens in class {', '.join(map(str, empty))} - leave it out")
-    scale = (d / (sizes * eps**2)).reshape(-1, *[1] * (z.dim() - 2))
-    counts = (weights > 0).sum(0)
-    width = int(counts.max())
-    if 2 * width <= d:
-        # Each class's tokens first in its row; those that fill up the row have weight zero.
-        order = weights.mT.argsort(dim=-1, descending=True, stable=True)[:, :width]
-        root = weights.mT.gather(-1, order).sqrt()
-        rows = z.index_select(-2, order.flatten()).unflatten(-2, order.shape).movedim(-3, 0)
-        return _shrinkage(rows * root.reshape(len(root), *[1] * (z.dim() - 2), width, 1), scale)
-    grams = []
-    for pi in weights.unbind(-1):
-        inside = pi.nonzero().squeeze(-1)
-        part = z.index_select(-2, inside)
-        grams.append(part.mT @ (part.conj() * pi[inside, None]))
-    return _inverse(torch.stack(grams), scale)
+    scale = _class_scale(z, weights, eps)
+    if not _few(z, weights):
+        return _inverse(_class_grams(z, weights), scale)
+    # Each class's tokens first in its row; those that fill up the row have weight zero.
+    width = int((weights > 0).sum(0).max())
+    order = weights.mT.argsort(dim=-1, descending=True, stable=True)[:, :width]
+    root = weights.mT.gather(-1, order).sqrt()
+    rows = z.index_select(-2, order.flatten()).unflatten(-2, order.shape).movedim(-3, 0)
+    return _shrinkage(rows * root.reshape(len(root), *[1] * (z.dim() - 2), width, 1), scale)
+
+
+def operators(
+    z: Float[Tensor, "*f n d"] | Complex[Tensor, "*f n d"], weights: Float[Tensor, "n K"], eps: float
+) -> tuple[Tensor, Tensor]:
+    """E and every C_j: what :func:`expansion` and :func:`compression` give, with products in common."""
+    if _few(z, weights) or not bool((weights.sum(-1) == 1).all()):
+        return expansion(z, eps), compression(z, weights, eps)
+    grams = _class_grams(z, weights)
+    grams = torch.cat(
+        [grams.sum(0, keepdim=True), grams]
+    )  # the classes' second moments add up to the whole's
+    scale = _class_scale(z, weights, eps)
+    whole = torch.full_like(scale[:1], z.shape[-1] / (z.shape[-2] * eps**2))
+    found = _inverse(grams, torch.cat([whole, scale]))
+    return found[0], found[1:]
 
 
 def one_hot(membership: Labels, z: Tensor) -> Float[Tensor, "n K"]:
@@ -324,6 +330,30 @@ def half_spectrum_multiplicity(sizes: tuple[int, ...]) -> Float[Tensor, " F"]:
     if sizes[-1] % 2 == 0:
         last[-1] = 1
     return last.repeat(math.prod(sizes[:-1]))
+
+
+def _class_scale(z: Tensor, weights: Tensor, eps: float) -> Tensor:
+    """Each :math:`a_j`, ``(K, 1, ..., 1)``: a number for each matrix of its class."""
+    sizes = weights.sum(0)
+    if not bool((sizes > 0).all()):
+        empty = [j for j, size in enumerate(sizes.tolist()) if not size > 0]
+        raise ValueError(f"no tokens in class {', '.join(map(str, empty))} - leave it out")
+    return (z.shape[-1] / (sizes * eps**2)).reshape(-1, *[1] * (z.dim() - 2))
+
+
+def _class_grams(z: Tensor, weights: Tensor) -> Tensor:
+    """Second moments of each class, ``(K, ..., d, d)``, from its own tokens only."""
+    grams, hard = [], bool(((weights == 0) | (weights == 1)).all())
+    for pi in weights.unbind(-1):
+        inside = pi.nonzero().squeeze(-1)
+        part = z.index_select(-2, inside)
+        grams.append(part.mT @ (part.conj() if hard else part.conj() * pi[inside, None]))
+    return torch.stack(grams)
+
+
+def _few(z: Tensor, weights: Tensor) -> bool:
+    """Whether every class has so few tokens that their side of the matrices is the cheaper one."""
+    return 2 * int((weights > 0).sum(0).max()) <= z.shape[-1]
 
 
 def _shrinkage(y: Tensor, scale: Tensor) -> Tensor:
