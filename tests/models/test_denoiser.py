@@ -12,6 +12,7 @@ SHAPE = (2, 4, 6)
 NETWORKS = {
     "mlp": lambda: MLPDenoiser(48, 32, 2),
     "crate": lambda: CRATEDenoiser(SHAPE, 2, 16, 2, 4),
+    "untied": lambda: CRATEDenoiser(SHAPE, 2, 16, 2, 4, compression="untied"),
 }
 networks = pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS.keys())
 schedules = pytest.mark.parametrize("schedule", [VE(3.0), VP(3.0), Flow(3.0), VP()], ids=str)
@@ -123,3 +124,5 @@ def test_sizes_that_do_not_fit_are_named():
         picture_shape(48)
     with pytest.raises(ConfigError, match="patches of 4 do not tile pictures of 4 x 6"):
         CRATEDenoiser((1, 4, 6), 4)
+    with pytest.raises(ConfigError, match="compression is 'exact'"):
+        CRATEDenoiser(SHAPE, 2, 16, 2, 4, compression="exact")

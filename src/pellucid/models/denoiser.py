@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pellucid.errors import ConfigError
 from pellucid.models.embed import TokenEmbedding
 from pellucid.objectives.denoising import Level, Schedule
-from pellucid.steps import MSSA, OnStep, OvercompleteISTA, unroll
+from pellucid.steps import MSSA, OnStep, OvercompleteISTA, UntiedMSSA, unroll
 
 
 class Preconditioned(nn.Module):
@@ -124,8 +124,9 @@ class CRATEDenoiser(nn.Module):
         image_shape: channels, height and width; the samples are such pictures as rows.
         patch_size: must divide height and width.
         embed_dim, depth, num_heads: as in :class:`~pellucid.models.crate.CRATE`.
+        compression: ``"tied"`` (MSSA as derived) or ``"untied"`` (with a free output matrix).
         overcomplete: atoms for each dimension of a token.
-        sparsity, step_size: of ISTA.
+        step_size, sparsity: of ISTA.
 
     Raises:
         ConfigError: a patch that does not tile the picture.
@@ -139,15 +140,19 @@ class CRATEDenoiser(nn.Module):
         depth: int = 4,
         num_heads: int = 4,
         *,
-        overcomplete: int = 4,
-        sparsity: float = 0.1,
-        step_size: float = 0.1,
+        compression: str = "tied",
+        overcomplete: int = 2,
+        step_size: float = 0.3,
+        sparsity: float = 0.03,
     ) -> None:
         super().__init__()
         channels, height, width = image_shape
         if height % patch_size or width % patch_size:
             raise ConfigError(f"patches of {patch_size} do not tile pictures of {height} x {width}")
+        if compression not in ("tied", "untied"):
+            raise ConfigError(f"compression is {compression!r}; known: 'tied', 'untied'")
         self.image_shape, self.patch_size = image_shape, patch_size
+        attention = MSSA if compression == "tied" else UntiedMSSA
         self.embed = TokenEmbedding(
             (height, width), patch_size, channels, embed_dim, stem="conv", class_token=False
         )
@@ -155,7 +160,7 @@ class CRATEDenoiser(nn.Module):
         self.layers = nn.ModuleList(
             nn.ModuleDict(
                 {
-                    "compress": MSSA(embed_dim, num_heads, norm=nn.LayerNorm(embed_dim)),
+                    "compress": attention(embed_dim, num_heads, norm=nn.LayerNorm(embed_dim)),
                     "sparsify": OvercompleteISTA(
                         embed_dim,
                         overcomplete * embed_dim,
