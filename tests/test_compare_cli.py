@@ -345,7 +345,10 @@ def test_a_specification_in_parts():
         (["crate_digits", "vit_micro_patch4_32"], ["crate digits", "vit micro patch4 32"]),
         (["crate_digits", "crate_digits:stem=conv"], ["crate", "crate, conv"]),
         (["crate_digits:stem=x", "crate_digits:init=x"], ["crate, stem x", "crate, init x"]),
+        (["crate_digits:compression=untied,depth=2", "vit_digits:depth=2"], ["crate, untied", "vit"]),
+        (["crate_digits:depth=2", "vit_digits:depth=3"], ["crate, depth 2", "vit, depth 3"]),
         (["vit_digits"], ["vit"]),
+        (["vit_digits:depth=3"], ["vit, depth 3"]),
     ],
 )
 def test_short_labels(texts, labels):

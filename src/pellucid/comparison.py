@@ -190,16 +190,20 @@ def _matched(spec: Spec, target: int, images: ImageData) -> Spec:
 
 
 def short_labels(specs: Sequence[Spec]) -> list[str]:
-    """What models are called in print: without the end that all names share, options behind.
+    """What models are called in print: without the end that all names share, options that differ behind.
 
-    ``crate_digits:compression=untied,depth=2`` becomes ``crate, untied, depth 2`` beside ``vit_digits``.
+    ``crate_digits:compression=untied,depth=2`` becomes ``crate, untied`` beside ``vit_digits:depth=2``.
     """
     names = [spec.name.split("_") for spec in specs]
     backwards = zip(*(name[:0:-1] for name in names), strict=False)  # the first word always stays
     shared = sum(1 for _ in takewhile(lambda words: len(set(words)) == 1, backwards))
 
+    def is_common(option: str, value: Any) -> bool:
+        return len(specs) > 1 and all(other.model_args.get(option) == value for other in specs)
+
     def label(spec: Spec, words: list[str], plain: bool) -> str:
-        options = [v if plain and isinstance(v, str) else f"{k} {v}" for k, v in spec.model_args.items()]
+        told = [(k, v) for k, v in spec.model_args.items() if not is_common(k, v)]
+        options = [v if plain and isinstance(v, str) else f"{k} {v}" for k, v in told]
         return ", ".join([" ".join(words[: len(words) - shared]), *options])
 
     for plain in (True, False):
