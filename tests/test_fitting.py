@@ -26,6 +26,8 @@ QUICK: dict[str, list[str]] = {
     "dictionary": ["--option", "max_iter=3"],
     "complete-dictionary": ["--option", "max_iter=50"],
     "redunet": ["--option", "n_layers=3"],
+    "lista": ["--option", "n_layers=2", "--option", "epochs=2"],
+    "diffusion": ["--option", "train_steps=20", "--option", "width=16", "--option", "sampling_steps=3"],
 }
 """What keeps a method short; a warning that it has not converged is part of its news."""
 
@@ -57,8 +59,12 @@ def command(method, out, *more):
 def answers(estimator, rows):
     """Everything that a fitted estimator can be asked."""
     asked = [name for name in ("transform", "predict", "predict_proba") if hasattr(estimator, name)]
-    assert asked
-    return {name: torch.as_tensor(getattr(estimator, name)(rows)) for name in asked}
+    found = {name: torch.as_tensor(getattr(estimator, name)(rows)) for name in asked}
+    if hasattr(estimator, "denoise"):
+        found["denoise"] = estimator.denoise(rows, 0.5)
+        found["sample"] = estimator.sample(len(rows))
+    assert found
+    return found
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -369,9 +375,9 @@ def test_a_sheet_shows_signs_as_colours_and_keeps_its_order():
 def test_a_sheet_is_enlarged_by_whole_pixels():
     pictures = torch.rand(6, 3, 5, 4)
     seen = pixels(sheet(pictures, 3, width=330))
-    zoom = seen.shape[1] // 12
-    assert seen.shape == (2 * 5 * zoom + 1, 3 * 4 * zoom + 2, 3)
-    assert zoom > 20
+    zoom, gap = 27, 3
+    assert seen.shape == (2 * 5 * zoom + gap, 3 * 4 * zoom + 2 * gap, 3)
+    assert seen.shape[1] == 330
     middle = seen[zoom // 2, zoom // 2] / 255
     assert np.abs(middle - pictures[0, :, 0, 0].numpy()).max() < 0.1  # a palette of 256 colours
     assert pixels(sheet(torch.rand(2, 1, 50, 900), 2)).shape == (50, 1801, 3)

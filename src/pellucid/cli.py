@@ -508,7 +508,8 @@ def fit(
     Parameters
     ----------
     method
-        pca, lossy-clustering, nearest-subspace or redunet.
+        pca, sparse-coding, complete-dictionary, dictionary, lista, diffusion, lossy-clustering,
+        nearest-subspace or redunet.
     data
         As for train. Labels are used by methods that classify, and to judge those that cluster.
     out

@@ -29,7 +29,7 @@ from pellucid.glass.report import render_fit
 from pellucid.glass.sheets import MAX_WIDTH, sheet
 from pellucid.measure.scores import wilson_interval
 from pellucid.objectives import class_coding_rate, coding_rate
-from pellucid.steps import unroll
+from pellucid.steps import SoftISTA, unroll
 from pellucid.training.checkpoint import new_folder, write_flushed
 
 COORDINATES = "coordinates"
@@ -39,6 +39,9 @@ Figure = dict[str, Any]
 
 PATCHES = 10_000
 """Patches that are cut out to fit on; a quarter as many to measure on."""
+
+DRAWN = 256
+"""Samples that are drawn from what can draw them."""
 
 FLAT = 0.2
 """A patch whose contrast is below this share of the average tells nothing of structure and is not taken."""
@@ -89,7 +92,14 @@ class Fitted:
     @cached_property
     def rebuilt(self) -> Tensor:
         """The test rows as they come back from their codes."""
-        return self.estimator.inverse_transform(self.codes)
+        if hasattr(self.estimator, "inverse_transform"):
+            return self.estimator.inverse_transform(self.codes)
+        return self.codes @ self.estimator.dictionary_.mT
+
+    @cached_property
+    def drawn(self) -> Tensor:
+        """New rows that it makes."""
+        return self.estimator.sample(DRAWN)
 
     @cached_property
     def guesses(self) -> Tensor:
@@ -126,10 +136,17 @@ def _sparsity(fit: Fitted) -> list[Measure]:
 
 
 def _kurtosis(fit: Fitted) -> list[Measure]:
-    codes = fit.codes - fit.codes.mean(0)
-    value = float((codes.pow(4).mean(0) / codes.square().mean(0).square()).mean())
     meaning = "fourth moment of unseen codes over their squared variance, mean over atoms: 3 for a Gaussian"
-    return [Measure("spikiness of the codes", value, "number", meaning)]
+    pixels = float(_spikiness(fit.rows.test).mean())
+    return [
+        Measure("spikiness of the codes", float(_spikiness(fit.codes).mean()), "number", meaning),
+        Measure("spikiness of the pixels", pixels, "number", "the same, of the patches themselves"),
+    ]
+
+
+def _spikiness(values: Tensor) -> Tensor:
+    centred = values - values.mean(0)
+    return centred.pow(4).mean(0) / centred.square().mean(0).square()
 
 
 def _accuracy(fit: Fitted) -> list[Measure]:
@@ -198,6 +215,66 @@ def _layer_rates(fit: Fitted) -> list[tuple[float, float]]:
     return [(float(coding_rate(z, net.eps)), float(class_coding_rate(z, labels, net.eps))) for z in seen]
 
 
+def _code_error(fit: Fitted) -> list[Measure]:
+    learnt, known = _errors_by_layer(fit)
+    layers = len(learnt)
+    within = next((i + 1 for i, error in enumerate(known) if error <= learnt[-1]), None)
+    meaning = (
+        f"ISTA takes {within} iterations for it"
+        if within is not None
+        else f"ISTA does not reach it in {len(known)} iterations"
+    )
+    return [
+        Measure(
+            "error of the codes",
+            learnt[-1],
+            "share",
+            f"mean square, of unseen codes' own, after {layers} layers",
+        ),
+        Measure("the same by ISTA", known[layers - 1], "share", f"after as many iterations; {meaning}"),
+    ]
+
+
+@torch.no_grad()
+def _errors_by_layer(fit: Fitted) -> tuple[list[float], list[float]]:
+    """Relative squared error of the codes after each layer, and after each iteration of ISTA."""
+    from pellucid.analytic.sparse_coding import sparse_code
+
+    network, rows = fit.estimator, fit.rows.test
+    dictionary = network.dictionary_
+    exact = sparse_code(rows, dictionary, network.sparsity).codes
+    ista = SoftISTA(*dictionary.shape, sparsity=network.sparsity)
+    ista.dictionary.copy_(dictionary)
+    ista.step_size = 0.5 * float(ista.max_step_size() or 1.0)
+
+    def errors(layers: Any) -> list[float]:
+        seen: list[float] = []
+        start = torch.zeros_like(exact)[None]
+
+        def see(record: Any) -> None:
+            seen.append(float((record.z_next[0] - exact).square().sum() / exact.square().sum()))
+
+        unroll(layers, start, rows[None], on_step=see)
+        return seen
+
+    return errors(network.layers_), errors([ista] * 20 * len(network.layers_))
+
+
+def _denoising(fit: Fitted) -> list[Measure]:
+    meaning = "squared error on unseen images, mean over noise levels; about 1 where nothing is learnt"
+    return [Measure("denoising error", -fit.estimator.score(fit.rows.test), "number", meaning)]
+
+
+def _memorised(fit: Fitted) -> list[Measure]:
+    copied = analytic.memorised_share(fit.drawn, fit.rows.train)
+    usual = analytic.memorised_share(fit.rows.test, fit.rows.train)
+    meaning = (
+        "share of samples more than three times as near to one training image as to any other; "
+        f"of unseen images {usual:.1%}"
+    )
+    return [Measure("memorised", copied, "share", meaning)]
+
+
 # --- what is shown ------------------------------------------------------------------------------------------
 
 
@@ -257,6 +334,15 @@ def _atoms(fit: Fitted) -> Figure:
     return _sheet("Atoms", shown, 16, said, signed=True, wide=True)
 
 
+def _spikes(fit: Fitted) -> Figure:
+    lines = {
+        "codes": _spikiness(fit.codes).sort(descending=True).values,
+        "pixels": _spikiness(fit.rows.test).sort(descending=True).values,
+    }
+    said = "Fourth moment over squared variance of each atom's codes and of each pixel, the largest first."
+    return _lines("Spikiness", "atom or pixel", lines, said, first=1)
+
+
 def _descent(fit: Fitted) -> Figure:
     said = "The LASSO of a training patch after each turn. No turn can raise it."
     return _lines("Objective", "turns", {"LASSO": fit.estimator.objective_}, said, first=1)
@@ -284,6 +370,47 @@ def _confusion(fit: Fitted) -> Figure:
         "y_label": "true",
         "said": f"{wrong} of {len(fit.guesses)} images off the diagonal; shaded by share of the class.",
     }
+
+
+def _layer_errors(fit: Fitted) -> Figure:
+    learnt, known = _errors_by_layer(fit)
+    said = "Squared error of unseen codes, as a share of the codes' own, on a logarithmic axis."
+    lines = {"layers, learnt": learnt, "ISTA": known[: 5 * len(learnt)]}
+    return _lines("Error of the codes", "layer or iteration", lines, said, first=1, log=True)
+
+
+def _loss(fit: Fitted) -> Figure:
+    values = torch.as_tensor(getattr(fit.estimator, "loss_", None) or fit.estimator.losses_).double()
+    length = max(1, len(values) // 50)
+    means = [float(part.mean()) for part in values.split(length)]
+    said = f"Mean of every {length} steps." if length > 1 else "After every pass over the rows."
+    x = [(i + 1) * length for i in range(len(means))]
+    figure = _lines("Training loss", "steps" if length > 1 else "epochs", {"loss": means}, said, log=True)
+    figure["lines"][0]["x"] = x
+    return figure
+
+
+def _samples(fit: Fitted) -> Figure:
+    said = "New images, drawn from noise."
+    return _sheet("Samples", fit.rows.pictures(fit.drawn[:64]), 16, said, signed=False, wide=True)
+
+
+def _denoised(fit: Fitted) -> Figure:
+    """Four unseen images in rising noise, and what the network makes of them."""
+    model, generator = fit.estimator, torch.Generator().manual_seed(0)
+    clean = fit.rows.test[:: max(1, len(fit.rows.test) // 4)][:4]
+    shown = [clean]
+    for share in (0.3, 0.5, 0.7):
+        t = float(model.schedule_.at(share))
+        level = torch.tensor(t)
+        alpha, sigma = float(model.schedule_.alpha(level)), float(model.schedule_.sigma(level))
+        noisy = alpha * clean + sigma * torch.randn(clean.shape, generator=generator)
+        shown += [noisy / max(alpha, 1e-6), model.denoise(noisy, t)]
+    columns = torch.stack(shown, 1).flatten(0, 1)
+    said = (
+        "Each row: an unseen image, then three times the same in more noise and the guess of the clean one."
+    )
+    return _sheet("Denoising", fit.rows.pictures(columns), len(shown), said, signed=False)
 
 
 def _directions(fit: Fitted) -> Figure:
@@ -363,13 +490,18 @@ class Method:
         return is_classifier(self.cls())
 
 
-def _pixel_waves(rows: Rows) -> dict[str, Any]:
-    """Cosine waves along both sides of a patch, for each channel on its own."""
-    from pellucid.analytic.sparse_coding import cosine_basis
+def _waves(rows: Rows) -> dict[str, Any]:
+    """Products of cosine waves along both sides of a patch, twice as many each way as there are pixels."""
+
+    def along(size: int) -> Tensor:
+        time, count = torch.arange(size)[:, None] + 0.5, torch.arange(2 * size)
+        wave = torch.cos(torch.pi / (2 * size) * time * count)
+        return wave - wave.mean(0) * (count > 0)
 
     channels, height, width = rows.size
-    waves = torch.kron(cosine_basis(height), cosine_basis(width))
-    return {"dictionary": torch.block_diag(*[waves] * channels)}
+    atoms = torch.kron(along(height), along(width))
+    atoms = torch.nn.functional.normalize(atoms, dim=0)
+    return {"dictionary": torch.block_diag(*[atoms] * channels)}
 
 
 def _noise_length(rows: Rows) -> float:
@@ -387,6 +519,50 @@ METHODS: dict[str, Method] = {
         (_explained, _noise),
         (_components, _spectrum, _before_and_after),
         options=lambda rows: {"n_components": min(20, *rows.train.shape)},
+    ),
+    "sparse-coding": Method(
+        "SparseCoder",
+        "Sparse coding: every patch as a sum of few cosine waves, as the LASSO asks.",
+        "Look how few waves a patch takes, and what is lost by taking no more.",
+        (_explained, _sparsity),
+        (_before_and_after, _atoms, _usage),
+        kind="patches",
+        options=lambda rows: {**_waves(rows), "sparsity": 0.5},
+    ),
+    "complete-dictionary": Method(
+        "CompleteDictionary",
+        "A complete dictionary: as many atoms as pixels, the rotation in which patches are spikiest.",
+        "Look for edges: nobody drew them, they are what makes codes of pictures spiky.",
+        (_kurtosis,),
+        (_atoms, _spikes),
+        kind="patches",
+    ),
+    "dictionary": Method(
+        "OvercompleteDictionary",
+        "An overcomplete dictionary: twice as many atoms as pixels, so that every patch needs few of them.",
+        "Look for strokes and edges among the atoms, and how few of them a patch takes.",
+        (_explained, _sparsity),
+        (_atoms, _before_and_after, _descent, _usage),
+        kind="patches",
+        options=lambda rows: {"sparsity": 0.5},
+    ),
+    "lista": Method(
+        "LISTA",
+        "LISTA: a few layers with weights of their own, trained to give the codes that ISTA ends at.",
+        "Look how many iterations ISTA takes for what the layers reach.",
+        (_code_error, _explained),
+        (_layer_errors, _loss, _before_and_after),
+        kind="patches",
+        options=lambda rows: {**_waves(rows), "sparsity": 0.5, "epochs": 20},
+    ),
+    "diffusion": Method(
+        "Diffusion",
+        "Diffusion: a network learns to denoise at every level; samples are noise, denoised by steps.",
+        "Look whether the samples are images of the kind, and new ones.",
+        (_denoising, _memorised),
+        (_samples, _denoised, _loss),
+        side=16,
+        options=lambda rows: {"width": 256, "train_steps": 2000},
     ),
     "lossy-clustering": Method(
         "LossyCodingClustering",

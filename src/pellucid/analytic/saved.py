@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pellucid import analytic, steps
 from pellucid.analytic.base import Estimator
 from pellucid.errors import CheckpointError, ConfigError
+from pellucid.steps.kept import Kept
 
 DESCRIPTION = "estimator.json"
 TENSORS = "estimator.safetensors"
@@ -131,6 +132,8 @@ def _encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
         return {type(value).__name__: items}
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {"dict": _encode_all(value, where, tensors)}
+    if isinstance(value, Kept):
+        return {"kept": None}  # made anew when it is next asked for
     if type(value) in modules().values():
         return _encode_module(value, where, tensors)
     raise ConfigError(
@@ -168,6 +171,7 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return np.array(value["strings"], dtype=object if value["dtype"] == "O" else None)
     (kind, content), *_ = value.items()
     readers = {
+        "kept": Kept,
         "tensor": lambda: tensors[content],
         "array": lambda: tensors[content].numpy(),
         "list": lambda: [_decode(item, tensors) for item in content],

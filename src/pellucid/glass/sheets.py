@@ -19,7 +19,7 @@ MAX_WIDTH = 680
 
 
 def sheet(pictures: Float[Tensor, "k c h w"], columns: int, *, signed: bool = False, width: int = 330) -> str:
-    """A PNG as a data URI, pictures in reading order with a gap of a pixel between them.
+    """A PNG as a data URI, pictures in reading order with a gap between them.
 
     Args:
         pictures: 0 to 1, gray or RGB; values beyond are cut. At most a few hundred.
@@ -32,16 +32,21 @@ def sheet(pictures: Float[Tensor, "k c h w"], columns: int, *, signed: bool = Fa
     k, _, h, w = shown.shape
     columns = max(1, min(columns, k))
     rows = math.ceil(k / columns)
-    zoom = max(1, (min(width, MAX_WIDTH) + 1) // columns - 1) // w or 1
+    width = min(width, MAX_WIDTH)
+    gap = 3 if width // columns >= 3 * (w + 3) else 1
+    zoom = max(1, ((width + gap) // columns - gap) // w)
     big = (shown.clamp(0, 1) * 255).round().to(torch.uint8)
     big = big.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    h, w = h * zoom + 1, w * zoom + 1
+    h, w = h * zoom + gap, w * zoom + gap
     canvas = (
-        torch.tensor(RULE, dtype=torch.uint8).view(3, 1, 1).expand(3, rows * h - 1, columns * w - 1).clone()
+        torch.tensor(RULE, dtype=torch.uint8)
+        .view(3, 1, 1)
+        .expand(3, rows * h - gap, columns * w - gap)
+        .clone()
     )
     for i, picture in enumerate(big):
         top, left = i // columns * h, i % columns * w
-        canvas[:, top : top + h - 1, left : left + w - 1] = picture
+        canvas[:, top : top + h - gap, left : left + w - gap] = picture
     file = io.BytesIO()
     Image.fromarray(canvas.permute(1, 2, 0).numpy()).quantize(256, dither=Image.Dither.NONE).save(
         file, "PNG", optimize=True
