@@ -53,7 +53,7 @@ class DistanceClassifier(ClassifierMixin, Estimator):
         """The nearest class of each row, ``(n,)``: a tensor where X is one and classes are numbers."""
         nearest = self._distances(self._fitted_rows(X)).argmin(-1)
         if isinstance(X, Tensor) and self.classes_.dtype.kind in "biuf":
-            return torch.from_numpy(self.classes_).to(X.device)[nearest]
+            return torch.from_numpy(self.classes_).to(X.device)[nearest.to(X.device)]
         return self.classes_[nearest.cpu().numpy()]
 
     def _fitted_rows(self, X: Any) -> Tensor:
