@@ -84,11 +84,12 @@ def naive_exact_compression(step, Z, X):
 
 
 def naive_strict_compression(step, Z, X):
-    rows = []  # Gram and Schmidt's
-    for row in step.subspaces.parametrizations.weight.original:
-        for earlier in rows:
-            row = row - (row @ earlier) * earlier
-        rows.append(row / row.norm())
+    original = step.subspaces.parametrizations.weight.original
+    d = len(Z)
+    entry = lambda i, j: original[i, j] if i < len(original) else torch.zeros((), dtype=Z.dtype)
+    S = torch.stack([torch.stack([entry(i, j) - entry(j, i) for j in range(d)]) for i in range(d)])
+    eye = torch.eye(d, dtype=Z.dtype)
+    rows = list(((eye - S) @ torch.linalg.inv(eye + S))[: len(original)])  # Cayley's
     bases = [torch.stack(rows[i : i + step.head_dim], 1) for i in range(0, len(rows), step.head_dim)]
     b = step.head_dim / (Z.shape[1] * step.eps**2)
     return Z - torch.sigmoid(step.share) * 2 / b * gradient_of_rate(bases, Z, b)
