@@ -123,6 +123,7 @@ SPELLINGS = (
     (r"\\[td]frac(?![A-Za-z])", r"\\frac"),
     (r"\\frac\s*([0-9]|\b[A-Za-z])", r"\\frac{\1}"),
     (r"(\\frac\{[^{}]*\})\s*([0-9A-Za-z])", r"\1{\2}"),
+    (r"(\\(?:bar|hat|tilde|vec)\s*(?:\\[A-Za-z]+|\{[^{}]*\}|[A-Za-z]))(?=[_^])", r"{\1{}}"),
     (r"\\dots(?![A-Za-z])", r"\\ldots"),
     (r"\\(text|display)style(?![A-Za-z])\s*", ""),
     (
@@ -130,7 +131,7 @@ SPELLINGS = (
         r"\1\\,",
     ),
 )
-"""LaTeX as the renderer reads it: no short fractions, and a gap behind the name of a function."""
+"""LaTeX as the renderer reads it: no short fractions, accents apart, a gap behind the name of a function."""
 
 GENERATED = {"commands": commands, "architectures": architectures}
 
