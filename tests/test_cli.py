@@ -262,6 +262,17 @@ def test_npz(tmp_path):
     ]
 
 
+def test_bench_of_the_analytic_methods(tmp_path, capsys):
+    out = tmp_path / "analytic.json"
+    assert main(["bench-analytic", "--signals", "60", "--rounds", "1", "-o", str(out)]) == 0
+    rows = json.loads(out.read_text())
+    assert len(rows["sparse_coding"]) == 6
+    assert all(row["gap"] <= 1.01 * row["scikit_learn_gap"] for row in rows["sparse_coding"])
+    assert all(row["vs_loop"][0] > 0 for row in rows["redunet"])
+    assert "times scikit-learn's speed" in capsys.readouterr().out
+    refused(capsys, ["bench-analytic", "--rounds", "0"], "--rounds 0")
+
+
 def test_models_and_bench(tmp_path, capsys):
     assert main(["models", "large"]) == 0
     assert "77.641 M" in capsys.readouterr().out

@@ -689,6 +689,38 @@ def bench_tokens(
         result.picture(*picture)
 
 
+@app.command
+def bench_analytic(
+    *,
+    signals: int = 10_000,
+    rounds: int = 3,
+    out: Annotated[Path | None, Parameter(("-o", "--out"))] = None,
+) -> None:
+    """Speed of the analytic methods: sparse coding beside scikit-learn's, ReduNet beside a loop of inverses.
+
+    Parameters
+    ----------
+    signals
+        Signals to code, in 256 atoms.
+    rounds
+        Repetitions, in turns; medians over them are shown.
+    out
+        Write the rows as JSON.
+    """
+    from pellucid.measure.bench_redunet import bench_redunet
+    from pellucid.measure.bench_sparse_coding import bench_sparse_coding
+
+    _refuse_output(out)
+    if min(signals, rounds) < 1:
+        raise ConfigError(f"--signals {signals} and --rounds {rounds} must be 1 or larger")
+    rows = {
+        "sparse_coding": bench_sparse_coding(signals, rounds=rounds, progress=say),
+        "redunet": bench_redunet(rounds=rounds, progress=say),
+    }
+    if out is not None:
+        _write(out, json.dumps(rows, indent=1) + "\n")
+
+
 def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
