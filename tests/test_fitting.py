@@ -370,6 +370,7 @@ def test_a_sheet_shows_signs_as_colours_and_keeps_its_order():
     assert [tuple(seen[at]) for at in ((0, 3), (1, 4))] == [FALL, RISE]
     assert tuple(seen[2, 0]) == tuple(seen[0, 2]) == RULE
     assert tuple(seen[3, 0]) == RISE
+    assert (seen[3:, 2:] == PAGE).all()  # the fourth place is empty
 
 
 def test_a_sheet_is_enlarged_by_whole_pixels():

@@ -298,10 +298,8 @@ def _lines(
 
 def _components(fit: Fitted) -> Figure:
     shown = fit.rows.pictures(fit.estimator.components_[:40])
-    said = (
-        f"The first {len(shown)}, by falling variance: blue above zero, red below. They go "
-        "from coarse to fine."
-    )
+    signs = "blue above zero, red below" if shown.shape[1] == 1 else "zero is middle gray"
+    said = f"The first {len(shown)}, by falling variance: {signs}. They go from coarse to fine."
     return _sheet("Components", shown, 8, said, signed=True)
 
 
@@ -836,7 +834,7 @@ def _bundle(
         "command": command,
         "fit": {
             "method": result["method"],
-            "answer": f"{result['method']} on {images.name}: {first.key} {shown}.",
+            "answer": f"{result['method']} on {Path(images.name).name}: {first.key} {shown}.",
             "does": fitted.method.does,
             "lead": fitted.method.lead,
             "rows": result["rows"],

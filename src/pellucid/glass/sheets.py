@@ -44,6 +44,10 @@ def sheet(pictures: Float[Tensor, "k c h w"], columns: int, *, signed: bool = Fa
         .expand(3, rows * h - gap, columns * w - gap)
         .clone()
     )
+    if k % columns:
+        canvas[:, (rows - 1) * h :, k % columns * w - gap :] = torch.tensor(PAGE, dtype=torch.uint8).view(
+            3, 1, 1
+        )
     for i, picture in enumerate(big):
         top, left = i // columns * h, i % columns * w
         canvas[:, top : top + h - gap, left : left + w - gap] = picture
