@@ -147,8 +147,10 @@ def test_what_cannot_be_is_told_before_the_work(tmp_path, capsys, monkeypatch):
         (["--option", "n_components=1000"], ["pca: ", "1000"]),
         (["--option", "n_components=many"], ["pca: "]),
         (["--dims", "65"], ["dims is 65", "1 to 64"]),
-        (["--side", "-1"], ["side is -1"]),
+        (["--dims", "0"], ["dims is 0"]),
+        (["--side", "0"], ["side is 0"]),
         (["--limit", "1"], ["limit 1"]),
+        (["--limit", "0"], ["limit 0"]),
     ],
 )
 def test_what_does_not_fit_the_data_is_told(more, parts, tmp_path, capsys):

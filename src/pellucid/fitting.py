@@ -649,9 +649,9 @@ def fit(
     rows = make_rows(
         images,
         chosen.kind,
-        side=side or chosen.side,
-        limit=limit or chosen.limit,
-        dims=dims or chosen.dims,
+        side=chosen.side if side is None else side,
+        limit=chosen.limit if limit is None else limit,
+        dims=chosen.dims if dims is None else dims,
         patch_size=patch_size,
         seed=seed,
     )
