@@ -300,7 +300,7 @@ def test_a_runs_config_repeats_it_bit_for_bit(run, tmp_path):
 
 def test_misspelt_words_are_set_right(tmp_path, capsys):
     refused(capsys, ["train", "digits", "--epoch", "3"], "--epoch", "did you mean '--epochs'")
-    refused(capsys, ["train", "digits", "--model", "crate_tinny"], "did you mean 'crate_tiny_patch16_224'")
+    refused(capsys, ["train", "digits", "--model", "crate_tinny"], "did you mean 'crate_tiny_patch14_224'")
     refused(capsys, ["train", "digits", "--objective", "supervized"], "did you mean 'supervised'")
     refused(capsys, ["train", "digit"], "did you mean 'digits'")
     refused(capsys, ["train", "digits", "--model-arg", "embed_dims=3"], "did you mean 'embed_dim'")

@@ -590,10 +590,11 @@ def models(pattern: str = "") -> None:
     import torch
 
     from pellucid.models import create_model, list_models
+    from pellucid.models.create import some_models
 
     shown = [name for name in list_models() if pattern in name]
     if not shown:
-        raise ConfigError(f"no model of ours has '{pattern}' in its name - known: {', '.join(list_models())}")
+        raise ConfigError(f"no model of ours has '{pattern}' in its name - known: {', '.join(some_models())}")
     wide = max(map(len, shown))
     for name in shown:
         with torch.device("meta"):

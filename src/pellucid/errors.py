@@ -41,7 +41,7 @@ class Stopped(PellucidError):
 def suggest(given: str, known: Iterable[str], listed: Iterable[str] | None = None) -> str:
     """``" - did you mean 'x'?"`` for the nearest known name; if none is near, ``listed`` or all of them."""
     known = sorted(known)
-    listed = known if listed is None else sorted(listed)
+    listed = known if listed is None else list(listed)
     best = max(known, key=lambda name: _likeness(given, name), default="")
     if best and _likeness(given, best) >= 0.6:
         return f" - did you mean '{best}'?"

@@ -21,6 +21,11 @@ def list_models() -> list[str]:
     return [name for family in FAMILIES for name in sorted(_names(family))]
 
 
+def some_models() -> list[str]:
+    """One name of each family, for messages that cannot list all; ``pellucid models`` does."""
+    return [name for name in list_models() if name.endswith("_digits")] + ["..."]
+
+
 def create_model(name: str, *, pretrained: bool = False, **model_args: Any) -> nn.Module:
     """A model by its name in timm's registry, ours included.
 
@@ -33,8 +38,8 @@ def create_model(name: str, *, pretrained: bool = False, **model_args: Any) -> n
         ConfigError: an unknown name or option, with the nearest known one; sizes that do not fit.
     """
     if not timm.is_model(name):
-        ours = list_models()
-        raise ConfigError(f"unknown model '{name}'{suggest(name, ours + timm.list_models('vit_*'), ours)}")
+        near = suggest(name, list_models() + timm.list_models("vit_*"), some_models())
+        raise ConfigError(f"unknown model '{name}'{near}")
     if pretrained and name in list_models():
         raise ConfigError(f"no published weights for {name} yet - leave out pretrained, or train it")
     check_model_args(name, model_args)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pellucid.errors import CheckpointError, suggest
-from pellucid.models.create import create_model, list_models
+from pellucid.models.create import create_model, list_models, some_models
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -78,7 +78,8 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     folder = _model_folder(Path(path))
     name, num_classes, arguments, cfg = _read_config(folder)
     if not isinstance(name, str) or not timm.is_model(name):
-        raise CheckpointError(f"{folder}: unknown architecture '{name}'{suggest(str(name), list_models())}")
+        near = suggest(str(name), list_models(), some_models())
+        raise CheckpointError(f"{folder}: unknown architecture '{name}'{near}")
     model: Any = create_model(name, **{**arguments, "num_classes": num_classes})
     load_matched(model, read_weights(folder / WEIGHTS), where=str(folder / WEIGHTS))
     model.pretrained_cfg = {**vars(model)["pretrained_cfg"], **cfg}
