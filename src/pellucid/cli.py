@@ -986,9 +986,7 @@ def _pairs(pairs: list[str], flag: str, example: str) -> dict[str, Any]:
         try:
             arguments[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ConfigError(
-                f"{flag} {key}: '{value}' is not a value - quote it, as {key}='...'"
-            ) from error
+            raise ConfigError(f"{flag} {key}: '{value}' is not a value - quote it, as {key}='...'") from error
     return arguments
 
 

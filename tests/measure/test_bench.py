@@ -43,9 +43,12 @@ def test_every_case_once(result):
     rows, lines = result[0].rows, result[1]
     cases = [(row["mode"], row["dtype"], row["batch_size"]) for row in rows]
     assert sorted(cases) == sorted((m, d, 4) for m in bench_module.MODES for d in bench_module.DTYPES)
-    assert len(lines) == len(rows)
-    assert [line.split(":")[0] for line in lines] == [f"{i} of 4" for i in range(1, 5)]
-    assert all("crate_digits" in line for line in lines)
+    assert len(lines) == 2 * len(rows)
+    for index, (row, before, behind) in enumerate(zip(rows, lines[::2], lines[1::2], strict=True), 1):
+        assert before == f"{index} of 4: crate_digits, {row['mode']}, {row['dtype']}, 4 images"
+        assert f"{row['vs_published'][0]:.2f} (" in behind
+        assert behind.count(" x ") == 2  # published, ViT; nothing was compiled
+        assert f"{row['ours_ms']:.1f} ms" in behind
 
 
 def test_numbers_agree_with_each_other(result):

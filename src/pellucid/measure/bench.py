@@ -169,7 +169,8 @@ def bench(
         batch_sizes, modes, dtypes: the cases; ``"inference"``, ``"training"``; ``"float32"``, ``"bfloat16"``.
         rounds: how often each contender is timed in each case.
         threads: of torch on a CPU; as they are unless given.
-        progress: called with one line before each case.
+        progress: called with one line before each case, and one with its ratios behind it: a run that is
+            stopped has said what it found.
         device: such as ``"cpu"`` or ``"cuda"``.
         compile: time ours and the published form through ``torch.compile`` besides; a minute or more for each
             case, most of it compiling.
@@ -194,6 +195,8 @@ def bench(
                 progress(f"{number} of {len(cases)}: {name}, {mode}, {dtype}, {size} images")
             row = _measure(ours.to(device), mode, dtype, size, rounds, seconds, compile)
             result.rows.append({"model": name, **row})
+            if progress is not None:
+                progress(_headline(row))
     return result
 
 
@@ -495,6 +498,17 @@ def _ratios(theirs: list[float], ours: list[float]) -> list[float]:
     """How many times faster ours is: median, smallest and largest of the rounds."""
     ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
     return [median(ratios), min(ratios), max(ratios)]
+
+
+def _headline(row: dict[str, Any]) -> str:
+    said = [
+        ("published", "vs_published"),
+        ("ViT", "vs_vit"),
+        ("published, compiled", "compiled_vs_published"),
+    ]
+    said.append(("published compiled, compiled", "compiled_vs_published_compiled"))
+    ratios = [f"{_spread(row[key])} x {name}" for name, key in said if row[key] is not None]
+    return f"    {row['ours_ms']:.1f} ms: " + "; ".join(ratios)
 
 
 def _spread(ratios: Sequence[float] | None) -> str:
