@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from pellucid.errors import ConfigError, NumericsError
 from pellucid.measure import bench as bench_module
@@ -79,6 +80,42 @@ def test_table_and_file_say_the_same(result, tmp_path):
     assert len(text.splitlines()) == 4 + len(read["rows"]) + 1 + len(bench_module.NOTES)
     assert "no optimiser" in text
     assert "autocast" in text
+
+
+@pytest.mark.parametrize("name", ["crate_alpha_digits", "crate_mae_digits", "tost_digits"])
+def test_the_family_is_timed(name):
+    result = quick(models=(name,), dtypes=("float32", "bfloat16"), rounds=1)
+    for row in result.rows:
+        assert (row["vs_vit"] is None) == (row["vit_parameters"] is None) == name.startswith("crate_mae")
+        assert min(row["ours_ms"], row["published_ms"], row["gflop"]) > 0
+    assert result.table().count(name) == 4
+
+
+@pytest.mark.parametrize("name", ["tost_digits", "crate_alpha_digits"])
+def test_operations_are_counted_as_torch_counts_them(name):
+    """On what torch's own counter knows: all but attention on a CPU."""
+    model, images = create_model(name).train(), torch.randn(2, 1, 8, 8)
+
+    def call():
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            model(images).square().sum().backward()
+
+    with FlopCounterMode(display=False) as counter:
+        call()
+    assert executed_flop(call) == counter.get_total_flops() > 0
+
+
+@pytest.mark.slow
+def test_compiled_forms_are_timed_besides():
+    row = quick(models=("tost_digits",), modes=("inference",), rounds=1, compile=True).rows[0]
+    assert min(row["compiled_ms"], row["published_compiled_ms"]) > 0
+    assert row["compiled_vs_published"][0] == pytest.approx(row["published_ms"] / row["compiled_ms"])
+
+
+def test_a_missing_compiler_is_said(monkeypatch):
+    monkeypatch.setattr(bench_module.shutil, "which", lambda _: None)
+    with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler"):
+        bench(compile=True)
 
 
 @pytest.mark.usefixtures("unchecked_shapes")

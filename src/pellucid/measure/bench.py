@@ -39,7 +39,8 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from pellucid.errors import ConfigError, NumericsError, suggest
 from pellucid.measure.published_arithmetic import has_published_form, published_twin
@@ -266,25 +267,52 @@ def executed_flop(call: Callable[[], Any]) -> int:
     As torch counts them: a product of (t, d) and (d, m) is 2 t d m. Call once before, so that what is made
     once and kept does not count.
     """
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    with _Operations() as counter:
         call()
-    return int(counter.get_total_flops())
+    return counter.total
 
 
-def _attention_flop(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+class _Operations(TorchDispatchMode):
+    """Counts as torch's ``FlopCounterMode`` does, with the formulas of torch.
+
+    That one follows modules besides, and breaks in inference where a parameter is an argument of a module, as
+    a mask token is.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, formula = kwargs or {}, OPERATIONS.get(func._overloadpacket)
+        if formula is None:
+            with self:  # what is only a name for other operations, such as matmul, says so
+                inner = func.decompose(*args, **kwargs)
+            if inner is not NotImplemented:
+                return inner
+        result = func(*args, **kwargs)
+        if formula is not None:
+            self.total += int(formula(*args, **kwargs, out_val=result))
+        return result
 
 
-def _attention_backward_flop(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> int:
+def _attention_flop(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _attention_backward_flop(
+    _: Tensor, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any
+) -> int:
     """Five products in place of two: the fused kernel forms its weights again."""
-    return int(2.5 * sdpa_flop_count(query, key, value))
+    return int(2.5 * sdpa_flop_count(query.shape, key.shape, value.shape))
 
 
-CPU_ATTENTION = {
+OPERATIONS = {
+    **flop_registry,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flop,
 }
-"""What torch's counter does not know."""
+"""Torch's formulas, and those of attention on a CPU, which it does not have."""
 
 
 def machine_facts(device: str = "cpu") -> dict[str, Any]:
