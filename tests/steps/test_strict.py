@@ -221,3 +221,12 @@ def test_what_is_kept_for_inference_follows_every_change():
                     step.share.add_(0.5)
                 kept = step(z)
             torch.testing.assert_close(step(z).detach(), kept)  # with gradients nothing is kept
+
+
+def test_who_writes_into_a_weight_that_was_made_spoils_nothing():
+    """As initialisers of other libraries do to every linear layer that they find."""
+    step, z = StrictCompression(6, 2).eval(), torch.randn(2, 5, 6)
+    with torch.no_grad():
+        before = step(z)
+        step.subspaces.weight.normal_()
+        assert torch.equal(step(z), before)

@@ -129,7 +129,8 @@ class TokenScaling:
                 )
                 if method in self.exponents:
                     power = f"$n^{{{self.exponents[method]['time' if key == 'ms' else 'memory']:.2f}}}$"
-                    offset, side = ((7, -3), "left") if method in ("mssa", "tssa") else ((-4, 6), "right")
+                    offset = {"tssa": (7, -1), "mssa": (7, -9)}.get(method, (-4, 6))
+                    side = "left" if offset[0] > 0 else "right"
                     axes.annotate(
                         power, (x[-1], y[-1]), offset, textcoords="offset points", ha=side, color=colour
                     )

@@ -256,7 +256,8 @@ class Orthonormal(nn.Module):
 
     def forward(self, matrix: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
         if is_inference(matrix):
-            return self._kept(lambda: self.transform(matrix), (matrix,))
+            # A copy: whoever asks for ``module.weight`` may write into it.
+            return self._kept(lambda: self.transform(matrix), (matrix,)).clone()
         return self.transform(matrix)
 
     @staticmethod
