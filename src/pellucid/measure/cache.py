@@ -72,7 +72,7 @@ def run_with_cache(
     if missing:
         name = min(missing)
         first = [known for known in offered if known.startswith("blocks.0.")]
-        raise ConfigError(f"no activation is called '{name}'{suggest(name, offered, first)}")
+        raise ConfigError(f"no activation is called '{name}'{suggest(name, offered, sorted(first))}")
     return output, cache
 
 
