@@ -44,3 +44,12 @@ def recorded():
             return {**arrays, "meta": json.loads(str(file["meta"]))}
 
     return load
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that train in a forked child go first.
+
+    Autograd refuses to work in the child of a process in which its own threads have run, and some of the
+    tests that compile or time models start them.
+    """
+    items.sort(key=lambda item: not {"fork", "in_child"} & set(getattr(item, "fixturenames", ())))
