@@ -16,6 +16,13 @@ StemName = Literal["linear", "conv", "conv_bn"]
 Positions = Literal["learned", "fourier"]
 
 
+def patchify(images: Float[Tensor, "b c h w"], patch_size: tuple[int, int]) -> Float[Tensor, "b n q"]:
+    """Pixels of each patch, row by row with the channel last."""
+    height, width = patch_size
+    patches = images.unflatten(-1, (-1, width)).unflatten(-3, (-1, height))  # b c rows h columns w
+    return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
 class LinearStem(nn.Module):
     """Patches flattened row by row with the channel last, then LayerNorm, Linear, LayerNorm: CRATE's stem."""
 
@@ -28,9 +35,7 @@ class LinearStem(nn.Module):
         self.norm_out = nn.LayerNorm(dim)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
-        p, q = self.patch_size
-        patches = images.unflatten(-1, (-1, q)).unflatten(-3, (-1, p))  # b c h p w q
-        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        patches = patchify(images, self.patch_size)
         return self.norm_out(self.proj(self.norm_in(patches)))
 
 

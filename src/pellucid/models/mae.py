@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pellucid.models.backbone import default_cfg, register
 from pellucid.models.crate import CRATE, CRATE_SIZES, DIGITS, MICRO, SMALL_PICTURES
+from pellucid.models.embed import patchify
 from pellucid.objectives import masked_error
 from pellucid.steps import Decompression, OnStep, Synthesis, unroll
 
@@ -145,9 +146,7 @@ class CRATEMAE(CRATE):
 
     def patchify(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b p q"]:
         """Pixels of each patch, row by row with the channel last."""
-        height, width = self.embed.patch_size
-        patches = images.unflatten(-1, (-1, width)).unflatten(-3, (-1, height))  # b c H p W q
-        return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        return patchify(images, self.embed.patch_size)
 
     def unpatchify(self, patches: Float[Tensor, "b p q"]) -> Float[Tensor, "b c h w"]:
         """The inverse of :meth:`patchify`, for the size that the positions are for."""

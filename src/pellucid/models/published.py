@@ -255,6 +255,17 @@ def _crate_sizes(state: State, hints: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+_CRATE_KEYS = (
+    (r"pos_embedding", "embed.pos_embed"),
+    (r"cls_token", "embed.class_token"),
+    (r"transformer\.layers\.(\d+)\.0\.norm\.", r"layers.\1.compress.norm."),
+    (r"transformer\.layers\.(\d+)\.0\.fn\.qkv\.", r"layers.\1.compress.subspaces."),
+    (r"transformer\.layers\.(\d+)\.0\.fn\.to_out\.0\.", r"layers.\1.compress.output."),
+    (r"mlp_head\.0\.", "norm."),
+    (r"mlp_head\.1\.", "head."),
+)
+"""What CRATE-alpha kept."""
+
 _CRATE = Family(
     name="CRATE",
     signature=(
@@ -263,18 +274,12 @@ _CRATE = Family(
         r"transformer\.layers\.0\.1\.fn\.weight",
     ),
     keys=(
-        (r"pos_embedding", "embed.pos_embed"),
-        (r"cls_token", "embed.class_token"),
+        *_CRATE_KEYS,
         (r"to_patch_embedding\.1\.", "embed.stem.norm_in."),
         (r"to_patch_embedding\.2\.", "embed.stem.proj."),
         (r"to_patch_embedding\.3\.", "embed.stem.norm_out."),
-        (r"transformer\.layers\.(\d+)\.0\.norm\.", r"layers.\1.compress.norm."),
-        (r"transformer\.layers\.(\d+)\.0\.fn\.qkv\.", r"layers.\1.compress.subspaces."),
-        (r"transformer\.layers\.(\d+)\.0\.fn\.to_out\.0\.", r"layers.\1.compress.output."),
         (r"transformer\.layers\.(\d+)\.1\.norm\.", r"layers.\1.sparsify.enter."),
         (r"transformer\.layers\.(\d+)\.1\.fn\.weight", r"layers.\1.sparsify.dictionary"),
-        (r"mlp_head\.0\.", "norm."),
-        (r"mlp_head\.1\.", "head."),
     ),
     sizes=_crate_sizes,
     architecture=lambda sizes: f"crate_{_size_name(sizes['embed_dim'], crate.CRATE_SIZES)}_patch16_224",
@@ -308,17 +313,11 @@ _ALPHA = Family(
         r"transformer\.layers\.0\.1\.fn\.D1",
     ),
     keys=(
-        (r"pos_embedding", "embed.pos_embed"),
-        (r"cls_token", "embed.class_token"),
+        *_CRATE_KEYS,
         (r"conv1\.", "embed.stem.proj."),
-        (r"transformer\.layers\.(\d+)\.0\.norm\.", r"layers.\1.compress.norm."),
-        (r"transformer\.layers\.(\d+)\.0\.fn\.qkv\.", r"layers.\1.compress.subspaces."),
-        (r"transformer\.layers\.(\d+)\.0\.fn\.to_out\.0\.", r"layers.\1.compress.output."),
         (r"transformer\.layers\.(\d+)\.1\.norm\.", r"layers.\1.sparsify.norm."),
         (r"transformer\.layers\.(\d+)\.1\.fn\.D1$", r"layers.\1.sparsify.output"),
         (r"transformer\.layers\.(\d+)\.1\.fn\.D$", r"layers.\1.sparsify.coder.dictionary"),
-        (r"mlp_head\.0\.", "norm."),
-        (r"mlp_head\.1\.", "head."),
     ),
     sizes=_alpha_sizes,
     architecture=lambda sizes: f"crate_alpha_{_size_name(sizes['embed_dim'], crate.ALPHA_SIZES)}_patch16_224",
