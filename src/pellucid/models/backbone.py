@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -222,6 +222,14 @@ def default_cfg(input_size: tuple[int, int, int] = (3, 224, 224), num_classes: i
         "classifier": "head",
         "license": "apache-2.0",
     }
+
+
+def cfg_of(sizes: Mapping[str, Any], num_classes: int | None = None) -> dict[str, Any]:
+    """:func:`default_cfg` for these sizes; ImageNet's classes where no size is given, ten elsewhere."""
+    if num_classes is None:
+        num_classes = 10 if "img_size" in sizes else 1000
+    side = sizes.get("img_size", 224)
+    return default_cfg((sizes.get("in_chans", 3), side, side), num_classes)
 
 
 def register(module: str, cls: type[nn.Module], name: str, meaning: str, **sizes: Any) -> None:

@@ -18,7 +18,7 @@ import torch
 from timm.models import generate_default_cfgs
 from torch import nn
 
-from pellucid.models.backbone import Backbone, Pool, default_cfg, register
+from pellucid.models.backbone import Backbone, Pool, cfg_of, register
 from pellucid.models.embed import Size, StemName, TokenEmbedding
 from pellucid.steps import (
     ISTA,
@@ -315,12 +315,7 @@ def _variants() -> dict[str, tuple[str, dict[str, Any]]]:
 _VARIANTS = _variants()
 
 default_cfgs = generate_default_cfgs(
-    {
-        f"{name}.untrained": default_cfg(
-            (sizes.get("in_chans", 3), *[sizes.get("img_size", 224)] * 2), 10 if "img_size" in sizes else 1000
-        )
-        for name, (_, sizes) in _VARIANTS.items()
-    }
+    {f"{name}.untrained": cfg_of(sizes) for name, (_, sizes) in _VARIANTS.items()}
 )
 
 for _name, (_meaning, _sizes) in _VARIANTS.items():

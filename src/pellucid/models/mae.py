@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from pellucid.models.backbone import default_cfg, register
+from pellucid.models.backbone import cfg_of, register
 from pellucid.models.crate import CRATE, CRATE_SIZES, DIGITS, MICRO, SMALL_PICTURES
 from pellucid.models.embed import patchify
 from pellucid.objectives import masked_error
@@ -204,12 +204,7 @@ def _variants() -> dict[str, tuple[str, dict[str, Any]]]:
 _VARIANTS = _variants()
 
 default_cfgs = generate_default_cfgs(
-    {
-        f"{name}.untrained": default_cfg(
-            (sizes.get("in_chans", 3), *[sizes.get("img_size", 224)] * 2), num_classes=0
-        )
-        for name, (_, sizes) in _VARIANTS.items()
-    }
+    {f"{name}.untrained": cfg_of(sizes, num_classes=0) for name, (_, sizes) in _VARIANTS.items()}
 )
 
 for _name, (_meaning, _sizes) in _VARIANTS.items():

@@ -18,7 +18,7 @@ from timm.models import generate_default_cfgs
 from timm.models.xcit import ClassAttentionBlock
 from torch import Tensor, nn
 
-from pellucid.models.backbone import Backbone, Pool, default_cfg, register
+from pellucid.models.backbone import Backbone, Pool, cfg_of, register
 from pellucid.models.embed import Positions, Size, StemName, TokenEmbedding
 from pellucid.steps import MLP, TSSA, OvercompleteISTA, Step, UntiedTSSA
 
@@ -207,10 +207,7 @@ _VARIANTS = _variants()
 default_cfgs = generate_default_cfgs(
     {
         f"{name}.untrained": {
-            **default_cfg(
-                (sizes.get("in_chans", 3), *[sizes.get("img_size", 224)] * 2),
-                10 if "img_size" in sizes else 1000,
-            ),
+            **cfg_of(sizes),
             "first_conv": "embed.stem.proj" if "stem" in sizes else "embed.stem.proj.0.0",
         }
         for name, (_, sizes) in _VARIANTS.items()
