@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from pellucid.data import View, eval_loader
 from pellucid.errors import CheckpointError, ConfigError, DataError
@@ -191,3 +192,12 @@ def test_open_run_of_an_unfinished_one(digits, tmp_path):
     digits.stopped(tmp_path / "run", 1)
     with pytest.raises(CheckpointError, match="holds a run that has not ended - finish it with --resume"):
         open_run(tmp_path / "run")
+
+
+def test_a_small_run_does_not_depend_on_how_many_threads_there_are(digits, differences, tmp_path):
+    """Its steps run on one, and so must the making of its first weights."""
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        digits.train(tmp_path / str(threads), epochs=0.2)
+        assert torch.get_num_threads() == threads
+    assert differences(tmp_path / "1", tmp_path / "2") == []

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -161,10 +161,13 @@ class _Setting:
 
 
 def _set_up(config: TrainConfig, images: ImageData) -> _Setting:
-    torch.manual_seed(config.seed)
-    model = create_model(
-        config.model, **config.model_args, num_classes=len(images.class_names), in_chans=images.in_chans
-    )
+    with _cpu_threads(
+        1
+    ):  # an orthogonal matrix has other last bits with other threads, and a run begins there
+        torch.manual_seed(config.seed)
+        model = create_model(
+            config.model, **config.model_args, num_classes=len(images.class_names), in_chans=images.in_chans
+        )
     if config.init_from is not None:
         copy_weights(model, config.init_from, new_head=config.new_head)
     learner = Learner(
@@ -264,15 +267,19 @@ SMALL_STEP = 4e9
 """Floating point operations of a step below which one CPU thread serves best: more wait on each other."""
 
 
-@contextmanager
-def _threads(setting: _Setting) -> Iterator[None]:
+def _threads(setting: _Setting) -> AbstractContextManager[None]:
     """The run's number of CPU threads. The numbers of a run depend on it in their last bits."""
-    before = torch.get_num_threads()
     height, width = setting.view.img_size
     tokens = height * width / _patch_area(setting.model)
     parameters = sum(p.numel() for p in setting.model.parameters())
     small = 6 * parameters * tokens * setting.config.batch_size < SMALL_STEP
-    torch.set_num_threads(setting.config.threads or (1 if small else before))
+    return _cpu_threads(setting.config.threads or (1 if small else torch.get_num_threads()))
+
+
+@contextmanager
+def _cpu_threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
     try:
         yield
     finally:
