@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from pellucid.objectives import (
     class_coding_rate,
     coding_rate,
+    effective_rank,
     nats_to_bits,
+    rate_ceiling,
     rate_reduction,
     sparse_rate_reduction,
     subspace_coding_rate,
@@ -632,3 +634,116 @@ def test_eps_must_be_positive(eps):
 def test_wrong_inputs_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# --- the ceiling of the rate ----------------------------------------------------------------------------------
+
+
+def tight_frame(n, d):
+    """n unit vectors in d dimensions with Z^T Z = (n / d) I: cosines and sines of whole frequencies."""
+    angle = 2 * math.pi * torch.arange(n, dtype=torch.float64)[:, None] * torch.arange(1, d // 2 + 1) / n
+    return torch.cat([angle.cos(), angle.sin()], 1) * (2 / d) ** 0.5
+
+
+SHAPES = [(1, 4), (3, 8), (8, 8), (9, 4), (50, 6), (64, 2)]
+
+
+@pytest.mark.parametrize("eps", [0.05, 0.5, 3.0])
+@pytest.mark.parametrize(("n", "d"), SHAPES)
+def test_orthonormal_vectors_and_tight_frames_reach_the_ceiling(n, d, eps):
+    z = torch.eye(d, dtype=torch.float64)[:n] if n <= d else tight_frame(n, d)
+    torch.testing.assert_close(z.norm(dim=-1), torch.ones(n, dtype=torch.float64))
+    assert float(coding_rate(z, eps)) == pytest.approx(rate_ceiling(n, d, eps), rel=1e-12)
+
+
+@given(
+    n=st.integers(1, 12),
+    d=st.integers(1, 12),
+    eps=st.floats(0.05, 5),
+    tilt=st.floats(0, 3),
+    seed=st.integers(0, 10_000),
+)
+def test_no_unit_vectors_exceed_the_ceiling(n, d, eps, tilt, seed):
+    z = F.normalize(normal(n, d, seed=seed) + tilt, dim=-1)
+    assert float(coding_rate(z, eps)) <= rate_ceiling(n, d, eps) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize(("n", "d"), [(4, 7), (11, 4), (7, 5)])
+def test_climbing_the_rate_ends_at_the_ceiling(n, d):
+    start = normal(n, d, seed=3).abs()  # all in one corner
+    z = start.clone().requires_grad_()
+    ceiling = rate_ceiling(n, d, EPS)
+    assert float(coding_rate(F.normalize(start, dim=-1), EPS)) < 0.9 * ceiling
+    optimiser = torch.optim.Adam([z], lr=0.05)
+    for _ in range(600):
+        optimiser.zero_grad()
+        (-coding_rate(F.normalize(z, dim=-1), EPS)).backward()
+        optimiser.step()
+    assert float(coding_rate(F.normalize(z.detach(), dim=-1), EPS)) == pytest.approx(ceiling, rel=1e-6)
+
+
+def test_the_ceiling_of_the_published_run():
+    """64 views of width 256, eps^2 = 0.4, times the published weight: 0.4496."""
+    assert (1 / 256 + 1 / 512) * rate_ceiling(64, 256, 0.4**0.5) == pytest.approx(0.4496, abs=5e-5)
+
+
+def test_a_ceiling_of_nothing_is_refused():
+    for n, dim in ((0, 4), (4, 0)):
+        with pytest.raises(ValueError, match="nothing to code"):
+            rate_ceiling(n, dim, 1.0)
+    with pytest.raises(ValueError, match="eps is 0"):
+        rate_ceiling(3, 4, 0.0)
+
+
+# --- effective rank -------------------------------------------------------------------------------------------
+
+
+def rank_by_definition(z, center=False):
+    z = z - z.mean(0) if center else z
+    s = torch.linalg.svdvals(z.double())
+    p = s / s.sum() + 1e-7
+    return float((-(p * p.log()).sum()).exp())
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("shape", [(40, 9), (9, 40), (7, 7), (3, 1)])
+def test_effective_rank_is_that_of_the_singular_values(shape, center):
+    for z in (normal(*shape), normal(*shape) * torch.linspace(0.01, 3, shape[1]) + 2):
+        found = float(effective_rank(z, center=center))
+        assert found == pytest.approx(rank_by_definition(z, center), rel=1e-4)
+        assert float(effective_rank(z.float(), center=center)) == pytest.approx(found, rel=1e-3)
+
+
+@pytest.mark.parametrize("used", [1, 3, 8])
+def test_effective_rank_counts_equal_directions(used):
+    z = torch.linalg.qr(normal(30, 8)).Q[:, :used] @ torch.linalg.qr(normal(8, 8, seed=1)).Q[:used]
+    assert float(effective_rank(5 * z)) == pytest.approx(used, rel=1e-4)
+    assert float(effective_rank(1e200 * z)) == pytest.approx(used, rel=1e-4)
+    assert float(effective_rank(1e-200 * z)) == pytest.approx(used, rel=1e-4)
+
+
+def test_effective_rank_of_what_has_collapsed():
+    point = normal(1, 16).expand(50, 16)
+    assert float(effective_rank(point)) == pytest.approx(1, abs=1e-3)
+    for z in (point, point.float(), 1e4 * point.float()):
+        assert float(effective_rank(z, center=True)) == 0
+    assert float(effective_rank(torch.zeros(5, 4))) == 0
+    line = point + normal(50, 1, seed=4) * normal(1, 16, seed=5)
+    assert float(effective_rank(line, center=True)) == pytest.approx(1, abs=1e-3)
+    assert 1 < float(effective_rank(line)) <= 2.001
+
+
+def test_effective_rank_of_a_batch_is_that_of_each():
+    z = normal(3, 10, 4)
+    z[1] = z[1, :1]
+    found = effective_rank(z)
+    assert found.shape == (3,)
+    torch.testing.assert_close(found, torch.stack([effective_rank(part) for part in z]))
+    assert effective_rank(z.half()).dtype == torch.float32
+
+
+def test_effective_rank_refuses():
+    with pytest.raises(ValueError, match="nothing to code"):
+        effective_rank(torch.ones(0, 4))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        effective_rank(torch.full((3, 2), torch.nan))

@@ -7,6 +7,7 @@ from pellucid.analytic.linear import PCA, TiedAutoencoder
 from pellucid.analytic.lista import LISTA
 from pellucid.analytic.lossy import LossyCodingClustering, covering, gaussian_rate_distortion
 from pellucid.analytic.memorisation import memorisation_ratio, memorised_share
+from pellucid.analytic.nearest_neighbours import NearestNeighbours
 from pellucid.analytic.nearest_subspace import NearestSubspace
 from pellucid.analytic.redunet import ReduNet
 from pellucid.analytic.sparse_coding import SparseCoder, SparseCodes, sparse_code
@@ -19,6 +20,7 @@ __all__ = [
     "Empirical",
     "GaussianMixture",
     "LossyCodingClustering",
+    "NearestNeighbours",
     "NearestSubspace",
     "OvercompleteDictionary",
     "ReduNet",

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import validate_data
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d, validate_data
 from torch import Tensor
 
 
@@ -73,3 +74,45 @@ class Estimator(BaseEstimator):
         """Random numbers of this estimator's ``random_state``: a seed, a NumPy RandomState or None."""
         state = check_random_state(getattr(self, "random_state", None))
         return torch.Generator().manual_seed(int(state.randint(np.iinfo(np.int32).max)))
+
+
+class Classifier(ClassifierMixin, Estimator):
+    """Reads rows with the names of their classes, and answers with names.
+
+    Attributes:
+        classes_: names of the classes, sorted.
+    """
+
+    classes_: np.ndarray
+
+    def _labelled_rows(
+        self, X: Any, y: Any, missing: Any = None, *, min_samples: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Rows, and for each the number of its class, -1 where its label is ``missing``. Sets ``classes_``.
+
+        Raises:
+            ValueError: as :meth:`_rows`; no labels, of another number, not of classes, or none known.
+        """
+        if y is None:
+            raise ValueError(f"{type(self).__name__} requires y to be passed, but the target y is None")
+        x = self._rows(X, reset=True, min_samples=min_samples)
+        labels = column_or_1d(y.cpu().numpy() if isinstance(y, Tensor) else y, warn=True)
+        check_classification_targets(labels)
+        check_consistent_length(X, labels)
+        known = np.ones(len(labels), dtype=bool) if missing is None else labels != missing
+        if not known.any():
+            raise ValueError(f"every label is {missing!r}, which says unknown - at least one class is needed")
+        self.classes_, found = np.unique(labels[known], return_inverse=True)
+        codes = np.full(len(labels), -1)
+        codes[known] = found
+        return x, torch.from_numpy(codes).to(x.device)
+
+    def _fitted_rows(self, X: Any) -> Tensor:
+        check_is_fitted(self, "classes_")
+        return self._rows(X)
+
+    def _names(self, codes: Tensor, X: Any) -> Any:
+        """Classes by their numbers: a tensor where X is one and classes are numbers."""
+        if isinstance(X, Tensor) and self.classes_.dtype.kind in "biuf":
+            return torch.from_numpy(self.classes_).to(X.device)[codes.to(X.device)]
+        return self.classes_[codes.cpu().numpy()]

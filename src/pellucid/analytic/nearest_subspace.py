@@ -13,26 +13,16 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, Self
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from sklearn.base import ClassifierMixin
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
 from torch import Tensor
 from torch.nn import functional as F
 
-from pellucid.analytic.base import Estimator
+from pellucid.analytic.base import Classifier
 
 
-class DistanceClassifier(ClassifierMixin, Estimator):
-    """What classifiers share that measure how far a row is from each class.
-
-    Attributes:
-        classes_: names of the classes, sorted.
-    """
-
-    classes_: np.ndarray
+class DistanceClassifier(Classifier):
+    """What classifiers share that measure how far a row is from each class."""
 
     @abstractmethod
     def _distances(self, x: Tensor) -> Float[Tensor, "n K"]:
@@ -51,36 +41,14 @@ class DistanceClassifier(ClassifierMixin, Estimator):
 
     def predict(self, X: Any) -> Any:
         """The nearest class of each row, ``(n,)``: a tensor where X is one and classes are numbers."""
-        nearest = self._distances(self._fitted_rows(X)).argmin(-1)
-        if isinstance(X, Tensor) and self.classes_.dtype.kind in "biuf":
-            return torch.from_numpy(self.classes_).to(X.device)[nearest.to(X.device)]
-        return self.classes_[nearest.cpu().numpy()]
-
-    def _fitted_rows(self, X: Any) -> Tensor:
-        check_is_fitted(self, "classes_")
-        return self._rows(X)
+        return self._names(self._distances(self._fitted_rows(X)).argmin(-1), X)
 
     def _training_data(self, X: Any, y: Any, missing: Any = None) -> tuple[Tensor, Tensor]:
-        """Rows, and for each the number of its class, -1 where its label is ``missing``. Sets ``classes_``.
-
-        Raises:
-            ValueError: as :meth:`_rows`; no labels, of another number, or not of classes; all rows equal.
-        """
-        if y is None:
-            raise ValueError(f"{type(self).__name__} requires y to be passed, but the target y is None")
-        x = self._rows(X, reset=True, min_samples=2)
-        labels = column_or_1d(y.cpu().numpy() if isinstance(y, Tensor) else y, warn=True)
-        check_classification_targets(labels)
-        check_consistent_length(X, labels)
+        """As :meth:`_labelled_rows`, of at least two rows that are not all equal."""
+        x, codes = self._labelled_rows(X, y, missing, min_samples=2)
         if bool((x == x[0]).all()):
             raise ValueError("all rows of X are equal - there is nothing to tell classes apart by")
-        known = np.ones(len(labels), dtype=bool) if missing is None else labels != missing
-        if not known.any():
-            raise ValueError(f"every label is {missing!r}, which says unknown - at least one class is needed")
-        self.classes_, found = np.unique(labels[known], return_inverse=True)
-        codes = np.full(len(labels), -1)
-        codes[known] = found
-        return x, torch.from_numpy(codes).to(x.device)
+        return x, codes
 
 
 class NearestSubspace(DistanceClassifier):

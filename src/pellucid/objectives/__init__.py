@@ -8,7 +8,9 @@ and ``eps`` is the distortion itself, not its square.
 from pellucid.objectives.coding_rate import (
     class_coding_rate,
     coding_rate,
+    effective_rank,
     nats_to_bits,
+    rate_ceiling,
     rate_reduction,
     sparse_rate_reduction,
     subspace_coding_rate,
@@ -38,7 +40,7 @@ from pellucid.objectives.reconstruction import (
     nonzero_fraction,
     squared_error,
 )
-from pellucid.objectives.self_distillation import simdino
+from pellucid.objectives.self_distillation import dino, masked_alignment, simdino
 
 __all__ = [
     "VE",
@@ -50,6 +52,8 @@ __all__ = [
     "class_coding_rate",
     "coding_rate",
     "denoising_loss",
+    "dino",
+    "effective_rank",
     "entropy_slope",
     "fourth_power",
     "gaussian_entropy",
@@ -57,10 +61,12 @@ __all__ = [
     "lasso",
     "lasso_gap",
     "make_schedule",
+    "masked_alignment",
     "masked_error",
     "nats_to_bits",
     "nonnegative_lasso",
     "nonzero_fraction",
+    "rate_ceiling",
     "rate_reduction",
     "score_from_denoised",
     "simdino",

@@ -227,6 +227,67 @@ def sparse_rate_reduction(
     return coding_rate(z, eps) - subspace_coding_rate(z, U, eps) - penalty
 
 
+def rate_ceiling(n: int, dim: int, eps: float) -> float:
+    r"""The largest coding rate that n unit vectors in ``dim`` dimensions can have, in nats.
+
+    .. math:: \frac r2 \log\Bigl(1 + \frac{d}{r\,\epsilon^2}\Bigr), \qquad r = \min(n, d)
+
+    The Gram matrix has trace n and at most r eigenvalues, of which the rate is a concave sum: it is largest
+    where they are equal. Orthonormal vectors reach it, and where n > d unit-norm tight frames, which exist for
+    every n and d.
+
+    Raises:
+        ValueError: no vectors, no dimensions, or ``eps`` that is not positive.
+    """
+    if n < 1 or dim < 1:
+        raise ValueError(f"{n} vectors in {dim} dimensions: nothing to code")
+    if not eps > 0:
+        raise ValueError(f"eps is {eps}; the distortion must be positive")
+    rank = min(n, dim)
+    return rank / 2 * math.log1p(dim / (rank * eps**2))
+
+
+RANKME_EPS = 1e-7
+"""Added to each share of the singular values, as published."""
+
+
+def effective_rank(features: Float[Tensor, "*b n d"], *, center: bool = False) -> Float[Tensor, "*b"]:
+    r"""How many directions the features really use, RankMe: 1 where they lie on a line, min(n, d) at most.
+
+    .. math:: \exp\Bigl(-\sum_k p_k \log p_k\Bigr), \qquad p_k = \frac{\sigma_k}{\sum_j \sigma_j} + 10^{-7}
+
+    with :math:`\sigma_k` the singular values of the features as they are (Garrido et al. 2023). Features that
+    have collapsed to one point other than zero still use one direction, that of the point; ``center`` takes
+    the mean away first and asks how they spread around it. Zero features use none: 0. From the eigenvalues of
+    the smaller Gram matrix in float64, where a singular value below 1e-8 of the largest is noise; it is a
+    measure, not meant for gradients.
+
+    Args:
+        features: ``(..., n, d)``.
+        center: take away the mean of the n features.
+
+    Raises:
+        ValueError: no matrix of features, or NaN or infinity in it.
+    """
+    n, d = _check_tokens(features, 1.0)
+    with torch.no_grad():
+        z = features.double()
+        _refuse_not_finite(z)
+        # Scaled, as squares of large features would overflow; the shares stay as they are.
+        z = z / z.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
+        spread = z - z.mean(-2, keepdim=True) if center else z
+        gram = spread @ spread.mT if n < d else spread.mT @ spread
+        values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+        # What is left of features that were all equal is the rounding of their mean.
+        noise = (
+            4 * torch.finfo(features.dtype).eps * torch.linalg.matrix_norm(z) if center else z.new_zeros(())
+        )
+        used = values.sum(-1) > noise
+        p = values / values.sum(-1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny) + RANKME_EPS
+        rank = (-(p * p.log()).sum(-1)).exp()
+        return torch.where(used, rank, torch.zeros_like(rank)).to(_at_least_float32(features).dtype)
+
+
 def nats_to_bits(rate: Tensor) -> Tensor:
     """The same rate in bits."""
     return rate / math.log(2)
