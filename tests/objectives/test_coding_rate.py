@@ -636,7 +636,7 @@ def test_wrong_inputs_are_named(call, message):
         call()
 
 
-# --- the ceiling of the rate ----------------------------------------------------------------------------------
+# --- the ceiling of the rate --------------------------------------------------------------------------------
 
 
 def tight_frame(n, d):
@@ -695,7 +695,7 @@ def test_a_ceiling_of_nothing_is_refused():
         rate_ceiling(3, 4, 0.0)
 
 
-# --- effective rank -------------------------------------------------------------------------------------------
+# --- effective rank -----------------------------------------------------------------------------------------
 
 
 def rank_by_definition(z, center=False):

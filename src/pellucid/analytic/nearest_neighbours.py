@@ -4,8 +4,8 @@ The training rows nearest by cosine vote for their classes, and near ones have m
 
 .. math:: v_c(x) = \sum_{i \in N_k(x)} [y_i = c]\, e^{\cos(x, x_i) / \tau},
 
-with k = 20 and :math:`\tau = 0.07` (Wu et al. 2018; published so for DINO and SimDINO). Nothing is trained, so
-the number belongs to the features alone.
+with k = 20 and :math:`\tau = 0.07` (Wu et al. 2018; so for DINO and SimDINO). Nothing is trained, so the
+number belongs to the features alone.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class NearestNeighbours(Classifier):
 def weighted_votes(
     cosines: Float[Tensor, "n k"], codes: Int[Tensor, "n k"], classes: int, temperature: float
 ) -> Float[Tensor, "n classes"]:
-    r"""What the neighbours say: for each class the sum of :math:`e^{\cos / \tau}`, the largest weight being 1.
+    r"""What the neighbours say: the sum of :math:`e^{\cos / \tau}` for each class, the largest being 1.
 
     Args:
         cosines: of each row's neighbours.

@@ -233,8 +233,8 @@ def rate_ceiling(n: int, dim: int, eps: float) -> float:
     .. math:: \frac r2 \log\Bigl(1 + \frac{d}{r\,\epsilon^2}\Bigr), \qquad r = \min(n, d)
 
     The Gram matrix has trace n and at most r eigenvalues, of which the rate is a concave sum: it is largest
-    where they are equal. Orthonormal vectors reach it, and where n > d unit-norm tight frames, which exist for
-    every n and d.
+    where they are equal. Orthonormal vectors reach it, and where n > d tight frames of unit vectors, which exist
+    for every n and d.
 
     Raises:
         ValueError: no vectors, no dimensions, or ``eps`` that is not positive.
@@ -254,7 +254,7 @@ RANKME_EPS = 1e-7
 def effective_rank(features: Float[Tensor, "*b n d"], *, center: bool = False) -> Float[Tensor, "*b"]:
     r"""How many directions the features really use, RankMe: 1 where they lie on a line, min(n, d) at most.
 
-    .. math:: \exp\Bigl(-\sum_k p_k \log p_k\Bigr), \qquad p_k = \frac{\sigma_k}{\sum_j \sigma_j} + 10^{-7}
+    .. math:: \exp\Bigl(-\sum_k p_k \log p_k\Bigr), \quad p_k = \frac{\sigma_k}{\sum_j \sigma_j} + 10^{-7}
 
     with :math:`\sigma_k` the singular values of the features as they are (Garrido et al. 2023). Features that
     have collapsed to one point other than zero still use one direction, that of the point; ``center`` takes
