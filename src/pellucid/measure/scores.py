@@ -74,14 +74,24 @@ def evaluate(
                 progress(len(batch[1]))
     if not any(map(len, true)):
         raise DataError("no images to evaluate - give at least one batch")
-    labels, predictions = torch.cat(true).numpy(), torch.cat(guessed).numpy()
     known = logits.shape[-1]
     names = list(class_names or map(str, range(known)))
     if len(names) != known:
         raise DataError(f"{len(names)} class names, the model has {known} classes - name each of them")
+    return scores_of(torch.cat(true).numpy(), torch.cat(guessed).numpy(), names, confidence=confidence)
+
+
+def scores_of(
+    labels: np.ndarray, predictions: np.ndarray, names: Sequence[str], *, confidence: float = 0.95
+) -> Scores:
+    """Scores of what any classifier said: true and predicted classes as numbers, ``(n,)`` each.
+
+    Raises:
+        DataError: a label without a name.
+    """
     for label in (labels.min(), labels.max()):
-        if not 0 <= label < known:
-            raise DataError(f"a label is {label}, the model has {known} classes")
+        if not 0 <= label < len(names):
+            raise DataError(f"a label is {label}, the model has {len(names)} classes")
     confusion = np.zeros((len(names), len(names)), dtype=np.int64)
     np.add.at(confusion, (labels, predictions), 1)
     right = int(np.trace(confusion))

@@ -233,8 +233,8 @@ def rate_ceiling(n: int, dim: int, eps: float) -> float:
     .. math:: \frac r2 \log\Bigl(1 + \frac{d}{r\,\epsilon^2}\Bigr), \qquad r = \min(n, d)
 
     The Gram matrix has trace n and at most r eigenvalues, of which the rate is a concave sum: it is largest
-    where they are equal. Orthonormal vectors reach it, and where n > d tight frames of unit vectors, which exist
-    for every n and d.
+    where they are equal. Orthonormal vectors reach it, and where n > d tight frames of unit vectors, which
+    exist for every n and d.
 
     Raises:
         ValueError: no vectors, no dimensions, or ``eps`` that is not positive.
