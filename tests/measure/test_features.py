@@ -43,7 +43,7 @@ def test_each_kind_of_token(name):
         torch.testing.assert_close(found.values, values, rtol=1e-5, atol=1e-5)
         assert torch.equal(found.index, torch.arange(100, 110))
         assert torch.equal(found.labels, found.index % 3)
-    assert patch_grid(model, images, z.shape[1] - 1) == (4, 4)
+    assert patch_grid(model, (8, 8), z.shape[1] - 1) == (4, 4)
 
 
 @pytest.mark.parametrize(
@@ -133,4 +133,4 @@ def test_refuses():
     with pytest.raises(ConfigError, match="does not pool"):
         features(small("crate_digits", global_pool=""), batches())
     with pytest.raises(ConfigError, match="no grid"):
-        patch_grid(model, batches()[0][0], 15)
+        patch_grid(model, (8, 8), 15)

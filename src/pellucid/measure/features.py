@@ -67,8 +67,9 @@ def feature_batches(
 ) -> Iterator[Features]:
     """Features of one batch after the other, of any of our models and timm's.
 
-    Tokens are those of ``forward_features``: after the last layer and the final norm. Those of timm's ViTs that
-    pool by average have that norm behind the pooling, and their tokens come as the last layer leaves them.
+    Tokens are those of ``forward_features``: after the last layer and the final norm. Those of timm's ViTs
+    that pool by average have that norm behind the pooling, and their tokens come as the last layer leaves
+    them.
 
     Args:
         model: images to tokens.
@@ -98,15 +99,15 @@ def feature_batches(
                 progress(len(values))
 
 
-def patch_grid(model: Any, images: Float[Tensor, "b c h w"], count: int) -> tuple[int, int]:
-    """Rows and columns of the ``count`` patches that the model cuts these images into.
+def patch_grid(model: Any, img_size: tuple[int, int], count: int) -> tuple[int, int]:
+    """Rows and columns of the ``count`` patches that the model cuts images of this size into.
 
     Raises:
         ConfigError: patches that are no grid.
     """
     embed = getattr(model, "embed", None) or getattr(model, "patch_embed", None)
     patch = getattr(embed, "patch_size", None)
-    height, width = images.shape[-2:]
+    height, width = img_size
     grid = (height // patch[0], width // patch[1]) if patch is not None else (math.isqrt(count),) * 2
     if grid[0] * grid[1] != count:
         raise ConfigError(f"the {count} patches of {_name(model)} are no grid - take pooled features")
@@ -137,8 +138,8 @@ def _chosen(model: Any, images: Tensor, tokens: Tokens) -> Tensor:
 
 def _parts(batch: Any, seen: int) -> tuple[Tensor, Tensor, Tensor]:
     images, *known = batch if isinstance(batch, tuple | list) else (batch,)
-    fresh = [torch.full((len(images),), -1), torch.arange(seen, seen + len(images))]
-    labels, index = [*known[:2], *fresh[len(known) :]]
+    labels = known[0] if known else torch.full((len(images),), -1)
+    index = known[1] if len(known) > 1 else torch.arange(seen, seen + len(images))
     return images, labels.cpu(), index.cpu()
 
 

@@ -144,8 +144,8 @@ def linear_probe(
 ) -> Probe:
     """Accuracy of multinomial logistic regression (scikit-learn's, L-BFGS, L2) on standardised features.
 
-    Each of ``strengths``, values of C, is tried on a fifth of the training images, held out of every class;
-    with the best, the smallest of several, it is fitted to all of them. Test images have no part in the choice.
+    Each of ``strengths``, values of C, is tried on a fifth of the training images, held out of every class.
+    With the best, the smallest of several, it is fitted to all. Test images have no part in the choice.
 
     Args:
         train: features and labels that are learnt from.

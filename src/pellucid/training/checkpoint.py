@@ -151,15 +151,22 @@ def remove_folder(path: Path, then: Any = None) -> None:
 
 def write_file(path: Path, content: str) -> None:
     """A text file, whole or not at all."""
-    scratch = path.parent / f".tmp-{path.name}-{os.getpid()}"
     data = content.encode("utf-8", "backslashreplace")
-    with saving(path.parent, len(data)):
-        try:
-            write_flushed(scratch, data)
-            os.replace(scratch, path)
-            _flush(path.parent)
-        finally:
-            scratch.unlink(missing_ok=True)
+    with saving(path.parent, len(data)), new_file(path) as scratch:
+        write_flushed(scratch, data)
+
+
+@contextlib.contextmanager
+def new_file(final: Path) -> Iterator[Path]:
+    """The name of a scratch file that becomes ``final`` when the block ends well, else vanishes."""
+    scratch = final.parent / f".tmp-{final.name}-{os.getpid()}"
+    try:
+        yield scratch
+        _flush(scratch)
+        os.replace(scratch, final)
+        _flush(final.parent)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def write_flushed(path: Path, content: bytes) -> None:
