@@ -62,7 +62,7 @@ def main() -> None:
                     overwrite=True,
                     progress=False,
                     objective=objective,
-                    eps=asked.eps,
+                    objective_args={"eps": asked.eps} if objective == "mcr2" else {},
                     epochs=asked.epochs,
                     seed=seed,
                     **RECIPE,

@@ -17,7 +17,9 @@ NAMES = [field.name for field in fields(TrainConfig)]
 OTHER = {
     "data": "cifar10", "out": "elsewhere", "model": "vit_digits", "model_args": {"depth": 3}, "seed": 1,
     "objective": "other", "epochs": 3, "batch_size": 64, "lr": 1e-2, "matrix_lr": 2e-2, "weight_decay": 0.1,
-    "warmup": 0.2, "label_smoothing": 0.2, "incoherence": 0.1, "eps": 1.0,
+    "warmup": 0.2, "label_smoothing": 0.2, "incoherence": 0.1, "objective_args": {"eps": 1.0},
+    "weight_decay_end": 0.4, "large_crops": 3, "small_crops": 5, "small_size": 4, "crop_split": 0.5,
+    "stop_on_collapse": True,
     "clip": 1.0, "average": 0.5, "augment": "photo", "flip": True,
     "precision": "bf16", "accumulate": 2, "workers": 3, "eval_every": 2, "save_every": 7,
     "init_from": "there", "new_head": True, "max_bad": 0.5, "download": True, "data_root": "root",
@@ -57,7 +59,7 @@ def test_an_option_like_no_other_lists_them_all():
 
 
 WRONG_TYPES = {
-    name: [["a"], {"a": 1} if name != "model_args" else 3]
+    name: [["a"], 3 if name.endswith("_args") else {"a": 1}]
     for name in NAMES
 } | {
     "epochs": ["many", True, None, [1]],

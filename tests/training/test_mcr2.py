@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import pellucid
-from pellucid.data import View, eval_loader
+from pellucid.data import Crops, View, eval_loader
 from pellucid.errors import ConfigError
 from pellucid.models import create_model
 from pellucid.objectives import class_coding_rate, coding_rate, rate_reduction
@@ -202,10 +202,15 @@ def test_a_stopped_run_goes_on_to_the_same_bits(digits, differences, tmp_path):
 # --- without labels ---------------------------------------------------------------------------------------
 
 
+def several(views):
+    """Views (b, v, c, h, w) as a batch of large crops."""
+    return Crops(views, views[:, :0], torch.zeros(len(views), views.shape[1], 0, dtype=torch.bool))
+
+
 def test_the_self_supervised_loss_takes_images_for_classes(batch):
     images, _ = batch
     model = small()
-    parts = SelfSupervisedMCR2(model, eps=0.5, gain=4.0, weight=0.3)(images.unflatten(0, (8, 5)))
+    parts = SelfSupervisedMCR2(model, eps=0.5, gain=4.0, weight=0.3)(several(images.unflatten(0, (8, 5))))
     z = unit_features(model, images)
     owner = torch.arange(8).repeat_interleave(5)
     expected = class_coding_rate(z, owner, 0.5) - 0.3 * coding_rate(z, 0.25)
@@ -234,7 +239,7 @@ def test_without_labels_views_of_an_image_gather(digits):
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for step in range(40):
-        loss = objective(views(step))["loss"]
+        loss = objective(several(views(step)))["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -6,6 +6,7 @@ Knows nothing of models. The images pass one door (``images``), the randomness i
 
 from pellucid.data.builtin import NAMES as BUILTIN_NAMES
 from pellucid.data.checks import CheckReport, check
+from pellucid.data.crops import Colour, Crops, Masking, MultiView
 from pellucid.data.dataset import ArrayImages, FileImages, ImageData, ImageSet, Reject
 from pellucid.data.images import ImageRejected, read_image, show_name, to_channels
 from pellucid.data.load import load_data
@@ -18,11 +19,15 @@ __all__ = [
     "ArrayImages",
     "Batch",
     "CheckReport",
+    "Colour",
+    "Crops",
     "FileImages",
     "ImageData",
     "ImageRejected",
     "ImageSet",
     "Magnitudes",
+    "Masking",
+    "MultiView",
     "Reject",
     "StepSampler",
     "View",

@@ -9,14 +9,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from pellucid.data.crops import Crops, MultiView
 from pellucid.data.dataset import ImageSet
 from pellucid.data.randomness import order
 from pellucid.data.views import View
 from pellucid.errors import ConfigError, DataError
 
 Key = tuple[int, int]  # (index, epoch)
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""x float32 (b, c, h, w), y int64 (b,), index int64 (b,): which items these are."""
+Batch = tuple[torch.Tensor | Crops, torch.Tensor, torch.Tensor]
+"""x float32 (b, c, h, w) or several views, y int64 (b,), index int64 (b,): which items these are."""
 
 
 class StepSampler(Sampler[list[Key]]):
@@ -93,7 +94,7 @@ def _refuse_uneven(batch_size: int, accumulate: int, world: int) -> None:
 class ViewedSet(Dataset[Batch]):
     """Pictures as the model sees them, fetched a batch at a time by (index, epoch)."""
 
-    def __init__(self, images: ImageSet, view: View) -> None:
+    def __init__(self, images: ImageSet, view: View | MultiView) -> None:
         self.images = images
         self.view = view
 
@@ -111,7 +112,11 @@ class ViewedSet(Dataset[Batch]):
 
 
 def train_loader(
-    images: ImageSet, view: View, sampler: StepSampler, workers: int = 0, timeout: float = 60.0
+    images: ImageSet,
+    view: View | MultiView,
+    sampler: StepSampler,
+    workers: int = 0,
+    timeout: float = 60.0,
 ) -> DataLoader[Batch]:
     """One Batch per micro-batch of ``sampler``. ``timeout`` seconds for a worker to answer."""
     return _loader(ViewedSet(images, view), sampler, workers, timeout)

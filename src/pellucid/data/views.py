@@ -69,8 +69,8 @@ class View:
         if self.augment not in get_args(Augment):
             hint = suggest(str(self.augment), get_args(Augment))
             raise ConfigError(f"no augmentation is called '{self.augment}'{hint}")
-        if self.in_chans not in (1, 3):
-            raise ConfigError(f"in_chans is {self.in_chans} - pictures have 1 channel (gray) or 3 (RGB)")
+        if self.in_chans < 1:
+            raise ConfigError(f"in_chans is {self.in_chans} - pictures have at least 1 channel")
         if not len(self.mean) == len(self.std) == self.in_chans:
             raise ConfigError(
                 f"{len(self.mean)} means and {len(self.std)} standard deviations for {self.in_chans} channels"
@@ -87,24 +87,29 @@ class View:
         ``index`` (b,) says which items they are; ``epoch`` is one number or one per item.
         """
         if self.augment == "none":
-            return self._normalised(self._fitted(images))
+            return self.normalised(self.fitted(images))
         uniform = draws(self.seed, epoch, np.asarray(index), _DRAWS_PER_ITEM)
         if self.augment == "photo":
-            return self._normalised(self._cropped(images, uniform))
-        return self._normalised(self._moved(self._fitted(images), uniform))
+            return self.normalised(self.cropped(images, uniform))
+        return self.normalised(self._moved(self.fitted(images), uniform))
 
-    def _normalised(self, pixels: torch.Tensor) -> torch.Tensor:
+    def normalised(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels 0..255 as float32 around 0."""
         mean = torch.tensor(self.mean).view(-1, 1, 1)
         std = torch.tensor(self.std).view(-1, 1, 1)
         return (pixels.to(torch.float32) / 255 - mean) / std
 
-    def _fitted(self, images: Pictures) -> torch.Tensor:
+    def channels(self, images: torch.Tensor) -> torch.Tensor:
+        """Pictures of one size, uint8 (b, in_chans, h, w)."""
+        return to_channels(images, self.in_chans)
+
+    def fitted(self, images: Pictures) -> torch.Tensor:
         """uint8 (b, in_chans, *img_size), without augmentation."""
         if isinstance(images, torch.Tensor) and images.shape[-2:] == self.img_size:
-            return to_channels(images, self.in_chans)
+            return self.channels(images)
         return torch.stack([_fit(to_channels(image, self.in_chans), self.img_size) for image in images])
 
-    def _cropped(self, images: Pictures, uniform: Uniform) -> torch.Tensor:
+    def cropped(self, images: Pictures, uniform: Uniform) -> torch.Tensor:
         """uint8 (b, in_chans, *img_size): of each picture a random part."""
         parts = []
         for image, u in zip(images, uniform, strict=True):
@@ -117,8 +122,7 @@ class View:
     def _moved(self, pixels: torch.Tensor, uniform: Uniform) -> torch.Tensor:
         """float32 (b, c, h, w), 0..255: every picture turned, shifted and scaled, all at once."""
         motion = inverse_motion(uniform, self.img_size, self.magnitudes, self.flip)
-        grid = _sampling_grid(torch.from_numpy(motion).float(), self.img_size)
-        return grid_sample(pixels.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+        return sample(pixels.float(), motion, self.img_size)
 
 
 def crop_box(size: tuple[int, int], u: Uniform, magnitudes: Magnitudes) -> tuple[int, int, int, int]:
@@ -155,6 +159,12 @@ def inverse_motion(
     from_x = [mirror * cos, sin * height / width, shift[:, 0]]
     from_y = [-mirror * sin * width / height, cos, shift[:, 1]]
     return np.stack([np.stack(from_x, axis=1), np.stack(from_y, axis=1)], axis=1)
+
+
+def sample(pixels: torch.Tensor, motion: npt.NDArray[np.float64], size: tuple[int, int]) -> torch.Tensor:
+    """float32 (b, c, *size): pixels where ``motion`` (b, 2, 3) says; the border is continued."""
+    grid = _sampling_grid(torch.from_numpy(motion).float(), size)
+    return grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def _sampling_grid(motion: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

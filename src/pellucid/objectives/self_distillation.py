@@ -16,7 +16,7 @@ does what it learns (:func:`published_constants`).
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -80,7 +80,7 @@ def simdino(
     group_size: int | None = None,
     expand_teacher: bool = True,
 ) -> dict[str, Tensor]:
-    """The loss with its parts: ``loss``, ``alignment`` (mean cosine), ``expansion`` (gamma times nats).
+    """The loss with its parts: ``alignment`` (mean cosine), ``rate`` (nats), ``expansion`` (gamma times it).
 
     Args:
         student: unit features of all views, ``(views, batch, dim)``; the first are the teacher's.
@@ -91,8 +91,58 @@ def simdino(
     """
     agree = alignment(student, teacher)
     seen = student[: len(teacher)]
-    spread = gamma * expansion((seen + teacher) / 2 if expand_teacher else seen, eps, group_size)
-    return {"loss": -agree - spread, "alignment": agree, "expansion": spread}
+    rate = expansion((seen + teacher) / 2 if expand_teacher else seen, eps, group_size)
+    return {"loss": -agree - gamma * rate, "alignment": agree, "rate": rate, "expansion": gamma * rate}
+
+
+def masked_alignment(
+    student: Float[Tensor, "m d"], teacher: Float[Tensor, "m d"], mask: Bool[Tensor, "b p"]
+) -> Float[Tensor, ""]:
+    """Mean cosine of what student and teacher see in hidden patches: SimDINOv2's second part.
+
+    Mean over the hidden patches of an image, then over the images that hide any; 0 where none does.
+
+    Args:
+        student: features of the hidden patches, in the order in which ``mask`` names them.
+        teacher: the same, of the teacher, who sees the patches.
+        mask: true where a patch is hidden from the student.
+    """
+    hidden = mask.sum(-1, keepdim=True)
+    weights = (1 / hidden.clamp_min(1)).expand_as(mask)[mask] / (hidden > 0).sum().clamp_min(1)
+    cosine = (F.normalize(student, dim=-1) * F.normalize(teacher, dim=-1)).sum(-1)
+    return (weights * cosine).sum()
+
+
+def dino(
+    student: Float[Tensor, "v b k"],
+    teacher: Float[Tensor, "g b k"],
+    centre: Float[Tensor, " k"],
+    *,
+    student_temperature: float = 0.1,
+    teacher_temperature: float = 0.04,
+) -> Float[Tensor, ""]:
+    r"""Cross-entropy of prototypes between views, in nats (Caron et al. 2021).
+
+    .. math:: -\frac1{|P|} \sum_{(i, j) \in P} \mathrm{softmax}((t_i - c) / \tau_t) \cdot
+        \log \mathrm{softmax}(s_j / \tau_s)
+
+    Centring keeps one prototype from taking everything, the low temperature keeps all from being alike.
+
+    Args:
+        student: scores of k prototypes for all views; the first g are the teacher's.
+        teacher: scores of the global views, without gradient.
+        centre: running mean of the teacher's scores.
+        student_temperature, teacher_temperature: :math:`\tau_s` and :math:`\tau_t`.
+    """
+    seen, pairs = len(teacher), len(teacher) * len(student) - len(teacher)
+    if pairs < 1:
+        raise ValueError("one view has no other to agree with - give at least two")
+    target = ((teacher.float() - centre) / teacher_temperature).softmax(-1)
+    guess = (student.float() / student_temperature).log_softmax(-1)
+    # Over all pairs at once, less the pairs of a view with itself, as in :func:`alignment`.
+    everyone = (target.sum(0) * guess.sum(0)).sum()
+    itself = (target * guess[:seen]).sum()
+    return -(everyone - itself) / (pairs * student.shape[1])
 
 
 def published_constants(

@@ -34,21 +34,29 @@ class TrainConfig:
         out: the run's folder.
         model: any name of ``pellucid models`` or timm; chosen by the size of the pictures when empty.
         model_args: options of the architecture: ``img_size``, ``patch_size``, ``embed_dim``, ...
-        objective: what is learnt from: ``supervised`` (cross-entropy), or ``mcr2`` (rate reduction).
+        objective: what is learnt from: ``supervised`` (cross-entropy) or ``mcr2`` (rate reduction) with
+            labels; ``simdino``, ``simdinov2``, ``dino``, ``mcr2-views`` or ``mae`` without.
+        objective_args: numbers of the objective, such as ``eps`` and ``gamma``; ``docs/learning.md`` lists
+            them.
         seed: of everything random.
         epochs: passes over the training images; a fraction is allowed.
         batch_size: images of one optimiser step, over all devices and accumulated micro-batches.
         lr: peak rate of AdamW.
         matrix_lr: peak rate of Muon, which moves the layers' matrices.
         weight_decay: decoupled.
+        weight_decay_end: what it becomes by the end of the run, along half a cosine; stays when left out.
         warmup: share of the run over which rates rise.
         label_smoothing: share of the target spread over all classes.
         incoherence: weight of a penalty on subspaces that overlap or are not orthonormal, mean over layers.
-        eps: distortion, in rate reduction.
         clip: largest norm of the gradient; 0 leaves it alone.
         average: decay of averaged weights; 0 keeps none.
         augment: ``small`` (turn, shift, scale), ``photo`` (random crop), ``none``, or by the data.
         flip: mirror half of the images; by the data when left out (photos yes, digits no).
+        large_crops: views of an image that show most of it, without labels.
+        small_crops: views that show a part of it; by the size of the pictures when left out.
+        small_size: side of the small views in pixels; about half of the images' when left out.
+        crop_split: share of the area above which a view is large.
+        stop_on_collapse: end a run whose features collapse, with everything saved.
         precision: ``32``, or ``bf16`` for products in bfloat16.
         accumulate: micro-batches of one step.
         workers: processes that read images.
@@ -69,20 +77,26 @@ class TrainConfig:
     model: str = ""
     model_args: dict[str, Any] = field(default_factory=dict)
     objective: str = "supervised"
+    objective_args: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     epochs: float = 60
     batch_size: int = 128
     lr: float = 3e-3
     matrix_lr: float = 1e-2
     weight_decay: float = 0.05
+    weight_decay_end: float | None = None
     warmup: float = 0.05
     label_smoothing: float = 0.1
     incoherence: float = 0.0
-    eps: float = 2.0
     clip: float = 0.0
     average: float = 0.0
     augment: Augment = "auto"
     flip: bool | None = None
+    large_crops: int = 2
+    small_crops: int | None = None
+    small_size: int | None = None
+    crop_split: float = 0.4
+    stop_on_collapse: bool = False
     precision: Precision = "32"
     accumulate: int = 1
     workers: int = 0
@@ -107,8 +121,10 @@ class TrainConfig:
                 raise ConfigError(f"{key} is {value}; it must be finite")
             setattr(self, key, value)
         # YAML knows lists only, and a run is compared with what was written of it.
-        self.model_args = {k: list(v) if isinstance(v, tuple) else v for k, v in self.model_args.items()}
-        for key in ("epochs", "batch_size", "accumulate", "lr", "matrix_lr", "eps"):
+        for name in ("model_args", "objective_args"):
+            given = getattr(self, name)
+            setattr(self, name, {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()})
+        for key in ("epochs", "batch_size", "accumulate", "lr", "matrix_lr", "large_crops", "crop_split"):
             if not getattr(self, key) > 0:
                 raise ConfigError(f"{key} is {getattr(self, key)}; it must be larger than 0")
         for key in (
@@ -120,8 +136,11 @@ class TrainConfig:
             "eval_every",
             "save_every",
             "seed",
+            "weight_decay_end",
+            "small_crops",
+            "small_size",
         ):
-            if getattr(self, key) < 0:
+            if (getattr(self, key) or 0) < 0:
                 raise ConfigError(f"{key} is {getattr(self, key)}; it must not be negative")
         for key in ("warmup", "label_smoothing", "average", "max_bad"):
             if not 0 <= getattr(self, key) < 1:

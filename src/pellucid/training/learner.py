@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.errors import NumericsError
-from pellucid.training.recipe import Average, MuonAdamW, cosine_with_warmup
+from pellucid.training.objective import Objective
+from pellucid.training.recipe import Average, MuonAdamW, cosine, cosine_with_warmup
 
 
 class Learner:
@@ -19,35 +20,37 @@ class Learner:
     randomness is a function of (seed, step, micro-batch), so nothing depends on what ran before.
 
     Args:
-        objective: a module that turns a batch into ``{"loss": ..., parts}`` and owns ``model``.
+        objective: turns a batch into ``{"loss": ..., parts}`` and owns ``model``.
         optimizer: over the objective's parameters.
         total_steps: length of the run, for the schedule.
         warmup: share of the run over which the rate rises.
         clip: largest norm of the gradient; 0 leaves it alone.
         average: decay of the averaged weights; 0 keeps none.
+        weight_decay: at the start and at the end of the run; the optimiser's own unless given.
         seed: of dropout and whatever else is random in a step.
     """
 
     def __init__(
         self,
-        objective: nn.Module,
+        objective: Objective,
         optimizer: MuonAdamW,
         total_steps: int,
         *,
         warmup: float = 0.05,
         clip: float = 0.0,
         average: float = 0.0,
+        weight_decay: tuple[float, float] | None = None,
         seed: int = 0,
     ) -> None:
-        self.objective, self.optimizer = objective, optimizer
-        self.model: nn.Module = objective.get_submodule("model")
+        self.objective, self.optimizer, self.weight_decay = objective, optimizer, weight_decay
+        self.model: nn.Module = objective.model
         self.total_steps, self.warmup, self.clip, self.seed = total_steps, warmup, clip, seed
         self.average = Average(self.model, average) if average else None
         self.step = 0
         self.any_rank: Callable[[bool], bool] = lambda flag: flag
         self._finite: Tensor | None = None
 
-    def losses(self, batch: tuple[Tensor, ...], micro: int) -> dict[str, Tensor]:
+    def losses(self, batch: tuple[Any, ...], micro: int) -> dict[str, Tensor]:
         """The objective on one micro-batch ``(images, labels, index)`` of the current step."""
         torch.manual_seed(_mix(self.seed, self.step, micro))
         parts = self.objective(*batch[:2])
@@ -76,8 +79,11 @@ class Learner:
         if self.clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
         self.optimizer.set_lr(self.lr_factor)
+        if self.weight_decay is not None:
+            self.optimizer.set_weight_decay(cosine(*self.weight_decay, self.step, self.total_steps))
         (apply or self.optimizer.step)()
         self.optimizer.zero_grad(set_to_none=True)
+        self.objective.after_step(self.step, self.total_steps)
         if self.average is not None:
             self.average.update(self.model, self.step)
         self.step += 1
@@ -88,7 +94,7 @@ class Learner:
 
     def final_weights(self) -> Mapping[str, Tensor]:
         """What the run hands over: the averaged weights where there are any."""
-        return self.model.state_dict() if self.average is None else self.average.weights
+        return self.objective.handed_over() if self.average is None else self.average.weights
 
     def follow_model(self) -> None:
         """Bring the optimiser's state and the average to the device that the model has moved to."""

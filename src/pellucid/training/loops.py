@@ -14,11 +14,12 @@ import lightning
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from pellucid.errors import ConfigError
 from pellucid.training.learner import Learner
 
-Batch = tuple[Tensor, ...]
+Batch = tuple[Any, ...]
 AfterStep = Callable[[dict[str, Tensor]], None]
 """Called after each optimiser step with the step's parts, each the mean over its micro-batches."""
 
@@ -45,7 +46,7 @@ def fit_plain(
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
     parts: list[dict[str, Tensor]] = []
     for batch in batches:
-        batch = tuple(part.to(device, non_blocking=True) for part in batch)
+        batch = tree_map(lambda part: part.to(device, non_blocking=True), batch)
         with autocast:
             parts.append(learner.losses(batch, micro=len(parts)))
         (parts[-1]["loss"] / accumulate).backward()

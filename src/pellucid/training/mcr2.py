@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pellucid.data import Crops
 from pellucid.errors import ConfigError
 from pellucid.objectives import class_coding_rate, coding_rate
+from pellucid.training.objective import Objective
+from pellucid.training.representation import Representation
 
 MEMORY = 0.95
 """What the running second moments keep of themselves in a step; they look back over some twenty batches."""
 
 
-class MCR2(nn.Module):
+class MCR2(Objective):
     r"""Maximal coding rate reduction: the loss is :math:`R^c(Z \mid \Pi) - R(Z)` of a batch, in nats.
 
     Z are the model's pooled features, before its classifier, on the unit sphere. No gradient reaches the
@@ -45,17 +48,17 @@ class MCR2(nn.Module):
     sums: Tensor
 
     def __init__(self, model: nn.Module, eps: float = 2.0) -> None:
-        super().__init__()
+        super().__init__(model)
         if not eps > 0:
             raise ConfigError(f"eps is {eps}; the distortion must be larger than 0")
-        self.model, self.eps = model, eps
+        self.eps = eps
         head = _classifier(model)
         if not isinstance(head, nn.Linear):
             raise ConfigError(
                 f"mcr2 needs a model whose classifier is one linear map, and {type(model).__name__} has a "
                 f"{type(head).__name__} - take another model, or give it classes"
             )
-        self.head = [head.requires_grad_(False)]  # in a list: it is the model's, and not ours to save
+        self.classifier = [head.requires_grad_(False)]  # in a list: it is the model's, and not ours to save
         classes, dim = head.weight.shape
         self.register_buffer("moments", torch.zeros(classes, dim, dim))
         self.register_buffer("sums", torch.zeros(classes, dim))
@@ -66,7 +69,7 @@ class MCR2(nn.Module):
         known = labels >= 0
         z, labels = z.detach()[known], labels[known]
         # Without an offset, the length of a feature has no say in which score is the largest.
-        guesses = {"accuracy": z @ self.head[0].weight.detach().float().mT}
+        guesses = {"accuracy": z @ self.classifier[0].weight.detach().float().mT}
         if self.training:
             self._follow(z, labels)
         else:
@@ -94,16 +97,16 @@ class MCR2(nn.Module):
         if seen > 0:
             ridge = seen * self.eps**2 / len(whole) * torch.eye(len(whole), device=whole.device)
             weight = torch.linalg.solve(whole + ridge, self.sums.mT).mT
-            self.head[0].weight.copy_(weight)
-            if self.head[0].bias is not None:
-                self.head[0].bias.zero_()
+            self.classifier[0].weight.copy_(weight)
+            if self.classifier[0].bias is not None:
+                self.classifier[0].bias.zero_()
 
     def _bases(self) -> Float[Tensor, "K d r"]:
         classes, dim = self.sums.shape
         return torch.linalg.eigh(self.moments).eigenvectors[..., -max(1, dim // classes) :]
 
 
-class SelfSupervisedMCR2(nn.Module):
+class SelfSupervisedMCR2(Representation):
     r"""The same without labels: every image is a class, and what augmentation makes of it are its members.
 
     .. math:: R^c(Z \mid \Pi; \epsilon) - \gamma_2\, R(Z; \epsilon / \sqrt{\gamma_1})
@@ -112,23 +115,24 @@ class SelfSupervisedMCR2(nn.Module):
     from the beginning.
 
     Args:
-        model: as for :class:`MCR2`; its classifier is not used.
+        model: images to features.
         eps: distortion.
         gain: :math:`\gamma_1`.
         weight: :math:`\gamma_2`.
     """
 
+    many_views: ClassVar[bool] = True
+
     def __init__(
-        self, model: nn.Module, eps: float = 0.5**0.5, gain: float = 20.0, weight: float = 0.05
+        self, model: nn.Module, *, eps: float = 0.5**0.5, gain: float = 20.0, weight: float = 0.05
     ) -> None:
-        super().__init__()
+        super().__init__(model)
         if not min(eps, gain, weight) > 0:
             raise ConfigError(f"eps {eps}, gain {gain} and weight {weight} must be larger than 0")
-        self.model, self.eps, self.gain, self.weight = model, eps, gain, weight
-        _classifier(model)
+        self.eps, self.gain, self.weight = eps, gain, weight
 
-    def forward(self, views: Float[Tensor, "b v c h w"]) -> dict[str, Tensor]:
-        """``views``: of each of b images v views."""
+    def forward(self, crops: Crops, labels: Int[Tensor, b] | None = None) -> dict[str, Tensor]:
+        views = crops.large
         z = unit_features(self.model, views.flatten(0, 1))
         owner = torch.arange(len(views), device=z.device).repeat_interleave(views.shape[1])
         expansion = coding_rate(z, self.eps / self.gain**0.5)

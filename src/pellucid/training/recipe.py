@@ -24,10 +24,21 @@ class MuonAdamW(Optimizer):
         lr: of AdamW.
         matrix_lr: of Muon, whose updates are scaled to AdamW's root mean square.
         weight_decay: decoupled, on matrices and the classifier; not on vectors, positions and tokens.
+        heads: trained beside the model, with AdamW: they face a loss, as a classifier does.
     """
 
-    def __init__(self, model: nn.Module, lr: float, matrix_lr: float, weight_decay: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        matrix_lr: float,
+        weight_decay: float,
+        heads: nn.Module | None = None,
+    ) -> None:
         matrices, decayed, plain = split_parameters(model)
+        for name, parameter in heads.named_parameters(prefix="heads") if heads is not None else ():
+            if parameter.requires_grad:
+                (plain if parameter.dim() < 2 else decayed)[name] = parameter
         self.parts: list[Optimizer] = []
         if matrices:
             self.parts.append(
@@ -50,6 +61,7 @@ class MuonAdamW(Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
         for group in self.param_groups:
             group["peak_lr"] = group["lr"]
+            group["decays"] = group["weight_decay"] > 0
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -65,6 +77,12 @@ class MuonAdamW(Optimizer):
         """Every group's rate to ``factor`` times its peak."""
         for group in self.param_groups:
             group["lr"] = group["peak_lr"] * factor
+
+    def set_weight_decay(self, weight_decay: float) -> None:
+        """For whatever decays at all."""
+        for group in self.param_groups:
+            if group["decays"]:
+                group["weight_decay"] = weight_decay
 
     def tensors(self) -> dict[str, Tensor]:
         """State tensors by ``parameter/slot``, in the optimiser's own storage."""
@@ -130,6 +148,11 @@ def cosine_with_warmup(step: int, total: int, warmup: float = 0.05, final: float
         return (step + 1) / rise
     progress = (step - rise) / max(1, total - rise)
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def cosine(start: float, end: float, step: int, total: int) -> float:
+    """From ``start`` at step 0 to ``end`` at ``total``, along half a cosine."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
 class Average:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from pellucid.errors import Stopped
 from pellucid.training.checkpoint import save_checkpoint, saving, thread_fingerprint, write_file
 from pellucid.training.learner import Learner
+from pellucid.training.objective import Batches
 
 SAVE_SECONDS = 600.0
 
@@ -52,7 +51,7 @@ class Recorder:
     Args:
         out: the run's folder.
         learner: whose step has just been taken.
-        evaluation: batches to evaluate on.
+        evaluation: batches of training images to compare with, and batches to evaluate on.
         steps_per_epoch: may be a fraction.
         eval_every, save_every: in steps.
         data: fingerprint of the data, kept in every checkpoint.
@@ -66,7 +65,7 @@ class Recorder:
         self,
         out: Path,
         learner: Learner,
-        evaluation: Callable[[], Iterable[tuple[Tensor, ...]]],
+        evaluation: Callable[[], tuple[Batches, Batches]],
         *,
         steps_per_epoch: float,
         eval_every: int,
@@ -120,7 +119,7 @@ class Recorder:
         """The objective on the evaluation batches, with the weights that the run would hand over now."""
         if not self.writes:
             return
-        parts = evaluate(self.learner, self.evaluation())
+        parts = self.learner.objective.evaluate(self.learner.final_weights(), *self.evaluation())
         self.latest |= {f"test {key}": value for key, value in parts.items()}
         self._show()
         self._write("test", parts)
@@ -176,28 +175,6 @@ class Recorder:
             text = json.dumps(line) + "\n"
             with saving(self.out, len(text)), open(self.out / "metrics.jsonl", "a") as file:
                 file.write(text)
-
-
-@torch.no_grad()
-def evaluate(learner: Learner, batches: Iterable[tuple[Tensor, ...]]) -> dict[str, float]:
-    """Means of the objective's parts over all items of ``batches``."""
-    objective = learner.objective
-    weights = {f"model.{name}": value for name, value in learner.final_weights().items()}
-    device = next(objective.parameters()).device
-    training = objective.training
-    objective.eval()
-    sums: dict[str, float] = {}
-    count = 0
-    try:
-        for batch in batches:
-            images, labels = (part.to(device) for part in batch[:2])
-            parts = torch.func.functional_call(objective, weights, (images, labels))
-            for key, value in parts.items():
-                sums[key] = sums.get(key, 0.0) + value.item() * len(labels)
-            count += len(labels)
-    finally:
-        objective.train(training)
-    return {key: value / count for key, value in sums.items()} if count else {"loss": math.nan}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,17 @@ import torch
 from safetensors.torch import save as tensors_to_bytes
 from torch import nn
 
-from pellucid.data import ImageData, StepSampler, View, eval_loader, load_data, train_loader
+from pellucid.data import (
+    Colour,
+    ImageData,
+    MultiView,
+    StepSampler,
+    View,
+    eval_loader,
+    load_data,
+    train_loader,
+)
+from pellucid.data.crops import SMALL_COLOUR
 from pellucid.errors import CheckpointError, ConfigError, DataError, NumericsError, suggest
 from pellucid.models import create_model, load
 from pellucid.models.saved import CONFIG, WEIGHTS, copy_weights, describe_model
@@ -32,15 +42,24 @@ from pellucid.training.checkpoint import (
 from pellucid.training.config import TrainConfig, read_config, refuse_changes
 from pellucid.training.learner import Learner
 from pellucid.training.loops import fit_lightning, fit_plain
-from pellucid.training.mcr2 import MCR2
+from pellucid.training.mcr2 import MCR2, SelfSupervisedMCR2
+from pellucid.training.objective import Objective
 from pellucid.training.recipe import MuonAdamW
 from pellucid.training.recorder import Recorder, StopFlag, read_lines
+from pellucid.training.self_distillation import DINO, SimDINO, SimDINOv2
 from pellucid.training.supervised import Supervised
 
-OBJECTIVES: dict[str, Callable[[nn.Module, TrainConfig], nn.Module]] = {
-    "supervised": lambda model, config: Supervised(model, config.label_smoothing, config.incoherence),
-    "mcr2": lambda model, config: MCR2(model, config.eps),
+OBJECTIVES: dict[str, type[Objective]] = {
+    "supervised": Supervised,
+    "mcr2": MCR2,
+    "simdino": SimDINO,
+    "simdinov2": SimDINOv2,
+    "dino": DINO,
+    "mcr2-views": SelfSupervisedMCR2,
 }
+
+REFERENCE = 5_000
+"""Training images at most that measures compare with."""
 
 Say = Callable[[str], None]
 
@@ -53,7 +72,8 @@ class Run:
         out: its folder.
         config: as resolved.
         model: trained, in eval mode.
-        accuracy: share of test images classified rightly at the end.
+        accuracy: share of test images classified rightly at the end; None without a classifier.
+        measures: of the test images at the end: the objective's parts, or what its features are worth.
         seconds: of training, over all sittings.
     """
 
@@ -62,6 +82,7 @@ class Run:
     model: Any
     accuracy: float | None
     seconds: float
+    measures: dict[str, float] = field(default_factory=dict)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -99,9 +120,9 @@ def train(
     if config.objective not in OBJECTIVES:
         raise ConfigError(f"unknown objective '{config.objective}'{suggest(config.objective, OBJECTIVES)}")
     images = load_data(data, download=config.download, root=config.data_root, max_bad=config.max_bad)
-    config = _resolved(config, images)
+    setting = _set_up(_resolved(config, images), images)
+    config = setting.config
     out = Path(config.out)
-    setting = _set_up(config, images)
     if rank() > 0:  # the first process owns the folder
         with StopFlag() as stop:
             return _train(setting, out, stop, resume, progress=False, say=lambda line: None)
@@ -123,7 +144,14 @@ def open_run(path: str | os.PathLike[str]) -> Run:
         raise CheckpointError(f"{out} is not a run (no config.yaml) - give the folder that train made")
     config = TrainConfig.from_mapping(read_config(out / "config.yaml"))
     result = json.loads((out / "result.json").read_text()) if (out / "result.json").is_file() else {}
-    return Run(out, config, load(out), result.get("accuracy"), result.get("seconds", 0.0))
+    return Run(
+        out,
+        config,
+        load(out),
+        result.get("accuracy"),
+        result.get("seconds", 0.0),
+        result.get("measures", {}),
+    )
 
 
 @dataclass(frozen=True)
@@ -135,6 +163,7 @@ class _Setting:
     model: nn.Module
     learner: Learner
     view: View
+    views: MultiView | None
 
     @property
     def steps_per_epoch(self) -> float:
@@ -153,27 +182,34 @@ class _Setting:
             rank=rank,
             world=world,
         )
-        return train_loader(self.images.train, self.view, sampler, workers=config.workers)
+        view = self.views or self.view
+        return train_loader(self.images.train, view, sampler, workers=config.workers)
 
-    def evaluation(self) -> Any:
-        view = replace(self.view, augment="none")
-        return eval_loader(self.images.test, view, workers=self.config.workers)
+    def evaluation(self) -> tuple[Any, Any]:
+        """Training images to compare with, and test images, both without augmentation."""
+        view, workers = replace(self.view, augment="none"), self.config.workers
+        train = eval_loader(self.images.train, view, workers=workers, limit=REFERENCE)
+        return train, eval_loader(self.images.test, view, workers=workers)
 
 
 def _set_up(config: TrainConfig, images: ImageData) -> _Setting:
+    kind = OBJECTIVES[config.objective]
+    steps = math.ceil(config.epochs * len(images.train) / config.batch_size)
     with _cpu_threads(
         1
     ):  # an orthogonal matrix has other last bits with other threads, and a run begins there
         torch.manual_seed(config.seed)
-        model = create_model(
-            config.model, **config.model_args, num_classes=len(images.class_names), in_chans=images.in_chans
-        )
-    if config.init_from is not None:
-        copy_weights(model, config.init_from, new_head=config.new_head)
+        model = create_model(config.model, **_model_args(config, images))
+        if config.init_from is not None:
+            copy_weights(model, config.init_from, new_head=config.new_head)
+        objective = kind.build(model, config, steps)
+    config = replace(config, objective_args=_arguments(objective), **_crop_choices(config, model))
+    end = config.weight_decay_end
     learner = Learner(
-        OBJECTIVES[config.objective](model, config),
-        MuonAdamW(model, config.lr, config.matrix_lr, config.weight_decay),
-        math.ceil(config.epochs * len(images.train) / config.batch_size),
+        objective,
+        MuonAdamW(model, config.lr, config.matrix_lr, config.weight_decay, objective.heads),
+        steps,
+        weight_decay=None if end is None else (config.weight_decay, end),
         warmup=config.warmup,
         clip=config.clip,
         average=config.average,
@@ -188,9 +224,53 @@ def _set_up(config: TrainConfig, images: ImageData) -> _Setting:
         flip=bool(config.flip),
         seed=config.seed,
     )
-    setting = _Setting(config, images, model, learner, view)
+    views = _views(config, view, objective) if kind.many_views else None
+    setting = _Setting(config, images, model, learner, view, views)
     setting.batches(0, max(1, config.devices) * config.nodes if isinstance(config.devices, int) else 1)
     return setting
+
+
+def _model_args(config: TrainConfig, images: ImageData) -> dict[str, Any]:
+    """The architecture's options, those that the data and the objective settle among them."""
+    kind = OBJECTIVES[config.objective]
+    found = {**config.model_args, "in_chans": images.in_chans, "num_classes": len(images.class_names)}
+    if not kind.needs_labels:
+        found["num_classes"] = 0
+    if kind.many_views:
+        found["dynamic_img_size"] = True
+    return found
+
+
+def _arguments(objective: Objective) -> dict[str, Any]:
+    """As YAML gives them back, and without what the run's own options say."""
+    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in objective.settings.items()}
+    return {k: v for k, v in settings.items() if k not in ("label_smoothing", "incoherence")}
+
+
+def _crop_choices(config: TrainConfig, model: Any) -> dict[str, Any]:
+    """How many small views, and of what size: about half of the images' side, in whole patches."""
+    if not OBJECTIVES[config.objective].many_views:
+        return {}
+    side, patch = min(image_size(model)), math.isqrt(_patch_area(model))
+    count = config.small_crops if config.small_crops is not None else 4 if config.augment == "small" else 8
+    size = config.small_size or max(1, round(side / 2 / patch)) * patch
+    if count and size % patch:
+        raise ConfigError(f"small_size is {size}; it must be made of patches of {patch}")
+    return {"small_crops": count, "small_size": size}
+
+
+def _views(config: TrainConfig, view: View, objective: Objective) -> MultiView:
+    assert config.small_crops is not None
+    assert config.small_size is not None
+    return MultiView(
+        view,
+        large=config.large_crops,
+        small=config.small_crops,
+        small_size=(config.small_size, config.small_size),
+        split=config.crop_split,
+        colour=SMALL_COLOUR if config.augment == "small" else Colour(),
+        masking=objective.masking,
+    )
 
 
 def _train(setting: _Setting, out: Path, stop: StopFlag, resume: bool, progress: bool, say: Say) -> Run:
@@ -231,7 +311,8 @@ def _train(setting: _Setting, out: Path, stop: StopFlag, resume: bool, progress:
     model = setting.model
     model.load_state_dict(dict(learner.final_weights()))
     model.cpu().eval()
-    run = Run(out, config, model, recorder.latest.get("test accuracy"), recorder.seconds)
+    measures = {k.removeprefix("test "): v for k, v in recorder.latest.items() if k.startswith("test ")}
+    run = Run(out, config, model, measures.get("accuracy"), recorder.seconds, measures)
     if rank() == 0:
         _hand_over(run, setting)
     return run
@@ -270,7 +351,7 @@ SMALL_STEP = 4e9
 def _threads(setting: _Setting) -> AbstractContextManager[None]:
     """The run's number of CPU threads. The numbers of a run depend on it in their last bits."""
     height, width = setting.view.img_size
-    tokens = height * width / _patch_area(setting.model)
+    tokens = height * width / _patch_area(setting.model) * (setting.views.large if setting.views else 1)
     parameters = sum(p.numel() for p in setting.model.parameters())
     small = 6 * parameters * tokens * setting.config.batch_size < SMALL_STEP
     return _cpu_threads(setting.config.threads or (1 if small else torch.get_num_threads()))
@@ -404,6 +485,7 @@ def _hand_over(run: Run, setting: _Setting) -> None:
     images = setting.images
     result = {
         "accuracy": run.accuracy,
+        "measures": run.measures,
         "seconds": round(run.seconds, 3),
         "steps": setting.learner.total_steps,
         "train_images": len(images.train),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -10,13 +12,12 @@ from torch.nn import functional as F
 from pellucid.errors import ConfigError
 from pellucid.objectives import subspace_overlap
 from pellucid.steps import SubspaceStep
+from pellucid.training.config import TrainConfig
+from pellucid.training.objective import Objective
 
 
-class Supervised(nn.Module):
+class Supervised(Objective):
     """Cross-entropy of a classifier, in nats.
-
-    An objective is a module that owns what it trains and turns a batch into ``{"loss": ..., parts}``; loops
-    and lightning only drive it.
 
     Args:
         model: images to logits.
@@ -29,11 +30,15 @@ class Supervised(nn.Module):
     """
 
     def __init__(self, model: nn.Module, label_smoothing: float = 0.1, incoherence: float = 0.0) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self.label_smoothing, self.incoherence = label_smoothing, incoherence
         if incoherence and not self._compressions():
             raise ConfigError("incoherence is about subspaces, and this model has none - leave it out")
+
+    @classmethod
+    def resolved(cls, model: nn.Module, config: TrainConfig, steps: int) -> dict[str, Any]:
+        own = {"label_smoothing": config.label_smoothing, "incoherence": config.incoherence}
+        return {**own, **config.objective_args}
 
     def forward(self, images: Float[Tensor, "b c h w"], labels: Int[Tensor, b]) -> dict[str, Tensor]:
         logits = self.model(images)

@@ -1,0 +1,109 @@
+"""What a run learns from: the one interface between objectives and the loops that drive them."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from pellucid.data import Masking
+from pellucid.errors import ConfigError, suggest
+from pellucid.training.config import TrainConfig
+
+Batches = Iterable[tuple[Any, ...]]
+"""Of ``(images, labels, index)``."""
+
+
+class Objective(nn.Module):
+    """A module that owns what it trains and turns a batch into ``{"loss": ..., parts}``.
+
+    Loops and lightning only drive it. Whatever it holds as parameters and buffers is in every checkpoint.
+
+    Attributes:
+        model: what the run hands over in the end.
+        heads: trained beside the model and not handed over; empty unless an objective needs them.
+        many_views: a batch holds :class:`~pellucid.data.crops.Crops` in place of images.
+        needs_labels: cannot learn from images without labels, and gives the model a classifier.
+        settings: the numbers that define it, with all defaults of a run resolved.
+    """
+
+    many_views: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = True
+    settings: Mapping[str, Any] = MappingProxyType({})
+
+    def __init__(self, model: nn.Module, heads: Mapping[str, nn.Module] | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.heads = nn.ModuleDict(heads)
+
+    @classmethod
+    def build(cls, model: nn.Module, config: TrainConfig, steps: int) -> Self:
+        """The objective of a run of ``steps`` steps: ``config.objective_args`` are the constructor's options.
+
+        Raises:
+            ConfigError: an unknown option, with the nearest known one, or a value that cannot be.
+        """
+        options = cls.resolved(model, config, steps)
+        known = cls.options()
+        for name in options:
+            if name not in known:
+                raise ConfigError(f"unknown objective_args option '{name}'{suggest(name, known)}")
+        try:
+            objective = cls(model, **options)
+        except TypeError as error:
+            raise ConfigError(f"objective_args: {error}") from error
+        objective.settings = options
+        return objective
+
+    @classmethod
+    def resolved(cls, model: nn.Module, config: TrainConfig, steps: int) -> dict[str, Any]:
+        """``config.objective_args`` with every default that depends on the model or the run filled in."""
+        return dict(config.objective_args)
+
+    @classmethod
+    def options(cls) -> set[str]:
+        """Names of the numbers that define it."""
+        return set(inspect.signature(cls.__init__).parameters) - {"self", "model"}
+
+    @property
+    def masking(self) -> Masking | None:
+        """Which patches a batch should say to hide; none unless an objective hides some."""
+        return None
+
+    def after_step(self, step: int, total: int) -> None:
+        """Called when the optimiser has taken step ``step`` of ``total``, counted from 0."""
+
+    def handed_over(self) -> Mapping[str, Tensor]:
+        """The weights of ``model`` that the run gives away."""
+        return self.model.state_dict()
+
+    @torch.no_grad()
+    def evaluate(self, weights: Mapping[str, Tensor], train: Batches, test: Batches) -> dict[str, float]:
+        """Measures of ``weights``: the means of the parts over all items of ``test``.
+
+        Args:
+            weights: of ``model``; it may hold others now.
+            train: training images without augmentation, for objectives that measure by comparison.
+            test: images held back.
+        """
+        named = {f"model.{name}": value for name, value in weights.items()}
+        device = next(self.parameters()).device
+        training = self.training
+        self.eval()
+        sums: dict[str, float] = {}
+        count = 0
+        try:
+            for batch in test:
+                images, labels = (part.to(device) for part in batch[:2])
+                parts = torch.func.functional_call(self, named, (images, labels))
+                for key, value in parts.items():
+                    sums[key] = sums.get(key, 0.0) + value.item() * len(labels)
+                count += len(labels)
+        finally:
+            self.train(training)
+        return {key: value / count for key, value in sums.items()} if count else {"loss": math.nan}

@@ -1,0 +1,100 @@
+"""Learning without labels: what all of its objectives share, and how what they learn is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pellucid.analytic import NearestNeighbours
+from pellucid.errors import ConfigError
+from pellucid.objectives import effective_rank
+from pellucid.training.objective import Batches, Objective
+
+
+class Representation(Objective):
+    """An objective whose model gives features and has no classifier.
+
+    Its measures are those of the features that the run would hand over: ``effective rank`` of the test
+    images' features (RankMe, 1 to their width), ``cosine`` between different images (1 when all are alike),
+    ``norm`` and ``norm spread`` (standard deviation over mean), and where labels are known ``knn accuracy``.
+    """
+
+    needs_labels: ClassVar[bool] = False
+
+    def __init__(self, model: nn.Module, heads: Mapping[str, nn.Module] | None = None) -> None:
+        super().__init__(model, heads)
+        for name in ("forward_features", "forward_head"):
+            if not hasattr(model, name):
+                raise ConfigError(
+                    f"learning without labels needs a model with timm's {name}, and {type(model).__name__} "
+                    f"has none"
+                )
+
+    @torch.no_grad()
+    def evaluate(self, weights: Mapping[str, Tensor], train: Batches, test: Batches) -> dict[str, float]:
+        features, labels = self._features(weights, test)
+        lengths = features.norm(dim=-1)
+        unit = F.normalize(features, dim=-1)
+        n = len(unit)
+        measures = {
+            "effective rank": float(effective_rank(unit)),
+            "cosine": float((unit.sum(0).square().sum() - n) / max(1, n * (n - 1))),
+            "norm": float(lengths.mean()),
+            "norm spread": float(lengths.std(correction=0) / lengths.mean().clamp_min(1e-12)),
+        }
+        if bool((labels >= 0).any()):
+            known, names = self._features(weights, train)
+            guess = NearestNeighbours().fit(known[names >= 0], names[names >= 0]).predict(features)
+            right = torch.as_tensor(guess)[labels >= 0] == labels[labels >= 0]
+            measures["knn accuracy"] = float(right.float().mean())
+        return measures
+
+    def _features(self, weights: Mapping[str, Tensor], batches: Batches) -> tuple[Tensor, Tensor]:
+        """Pooled features ``(n, d)`` and labels ``(n,)``, on the CPU."""
+        device = next(self.model.parameters()).device
+        training = self.model.training
+        self.model.eval()
+        found: list[tuple[Tensor, Tensor]] = []
+        try:
+            for batch in batches:
+                # Without a classifier, a model's output is its pooled feature.
+                pooled = torch.func.functional_call(self.model, dict(weights), (batch[0].to(device),))
+                found.append((pooled.float().cpu(), batch[1].cpu()))
+        finally:
+            self.model.train(training)
+        features, labels = zip(*found, strict=True)
+        return torch.cat(features), torch.cat(labels)
+
+
+class hidden:  # noqa: N801
+    """Inside the block, the stem of ``model`` puts ``token`` in the place of each patch that ``mask`` hides.
+
+    Positions are added behind the stem, in our models as in timm's, so the token says where and not what.
+    """
+
+    def __init__(self, model: Any, mask: Bool[Tensor, "b p"], token: Float[Tensor, " d"]) -> None:
+        stem = model.embed.stem if hasattr(model, "embed") else getattr(model, "patch_embed", None)
+        if not isinstance(stem, nn.Module):
+            raise ConfigError(f"{type(model).__name__} has no stem whose patches could be hidden")
+        self.stem, self.mask, self.token = stem, mask, token
+
+    def __enter__(self) -> None:
+        def replace(module: nn.Module, args: Any, patches: Tensor) -> Tensor:
+            at = self.mask.reshape(*patches.shape[:-1], 1)
+            return torch.where(at, self.token.to(patches.dtype), patches)
+
+        self.handle = self.stem.register_forward_hook(replace)
+
+    def __exit__(self, *exception: object) -> None:
+        self.handle.remove()
+
+
+def patch_grid(model: Any) -> tuple[int, int]:
+    """Rows and columns of patches at the size that the model was built for."""
+    rows, columns = (model.embed if hasattr(model, "embed") else model.patch_embed).grid_size
+    return int(rows), int(columns)
