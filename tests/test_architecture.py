@@ -24,10 +24,14 @@ MAY_IMPORT = {
     "measure": {"models", "analytic", "steps", "objectives"},
     "glass": {"measure", "training", "data", "models", "analytic", "steps", "objectives"},
     "comparison": {"glass", "measure", "training", "data", "models"},
+    "probing": {"glass", "measure", "training", "data", "models"},
+    "embedding": {"glass", "measure", "training", "data", "models"},
     "fitting": {"analytic", "glass", "measure", "training", "data", "steps", "objectives"},
     "cli": {
         "comparison",
+        "embedding",
         "fitting",
+        "probing",
         "glass",
         "measure",
         "training",
@@ -45,7 +49,7 @@ MACHINE_TOPS = ["work", "home", "Users", "root", "tmp"]
 MACHINE = re.compile(rf"(?<![\w./~)}}>*-])/(?:{'|'.join(MACHINE_TOPS)})(?![\w-])")
 
 # Optional or slow to import: never before they are needed.
-LATE = {"matplotlib", "transformers"}
+LATE = {"matplotlib", "pyarrow", "transformers"}
 
 
 def modules() -> list[Path]:

@@ -55,6 +55,11 @@ RecipeOptions = _train_options(
     "RecipeOptions", without=("model", "seed", "out", "objective", "init_from", "new_head")
 )
 """What all models of a comparison have in common."""
+_FINETUNED = {"epochs", "batch_size", "lr", "matrix_lr", "seed"}
+FinetuneOptions = _train_options(
+    "FinetuneOptions", without=[f.name for f in dataclasses.fields(TrainConfig) if f.name not in _FINETUNED]
+)
+"""Of a finetuning run what the command line of ``evaluate`` offers; its seed is the linear probe's too."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -89,6 +94,37 @@ class Source:
     download: bool = False
     data_root: str | None = None
     max_bad: float | None = None
+
+
+@dataclasses.dataclass(kw_only=True)
+class ProbeOptions:
+    """How features are probed.
+
+    Attributes:
+        k: with knn: so many neighbours vote; further numbers are reported beside the first [default: 20].
+        temperature: with knn: of the weights exp(cosine / temperature) [default: 0.07].
+        tokens: with knn and linear: pooled, cls, or avg (the mean of the patches) [default: pooled].
+        untrained: with knn and linear: also of the same architecture with fresh weights.
+        run_out: with finetune: the new run's folder; RUN-finetune-DATA beside RUN when left out.
+        resume: with finetune: go on with the run in that folder.
+        overwrite: with finetune: replace it.
+    """
+
+    k: Annotated[list[int] | None, Parameter(consume_multiple=True)] = None
+    temperature: float | None = None
+    tokens: Literal["pooled", "cls", "avg"] | None = None
+    untrained: bool = False
+    run_out: Path | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+
+_PROBED_BY = {
+    "knn": {"k", "temperature", "tokens", "untrained"},
+    "linear": {"tokens", "untrained", "seed"},
+    "finetune": {"run_out", "resume", "overwrite", *_FINETUNED},
+}
+"""Probe -> the options that it takes."""
 
 
 _Flat = Parameter(name="*")
@@ -185,20 +221,35 @@ def evaluate(
     run: Path,
     data: str | None = None,
     *,
+    probe: Literal["knn", "linear", "finetune"] | None = None,
     json_out: Annotated[Path | None, Parameter(("-o", "--out"))] = None,
+    probe_options: Annotated[ProbeOptions, _Flat] | None = None,
+    finetune_options: Annotated[FinetuneOptions, _Flat] | None = None,  # type: ignore[valid-type]
     source: Annotated[Source, _Flat] | None = None,
 ) -> None:
-    """Accuracy of a trained model, with its confidence interval, class by class.
+    """Accuracy of a trained model, or of its features, with its confidence interval, class by class.
 
     Parameters
     ----------
     run
         A run's folder or a model/ folder.
     data
-        What to evaluate on; the run's own test images when left out.
+        What to evaluate on; the run's own test images when left out. A probe learns from its training images
+        and is scored on its test images.
+    probe
+        In place of the model's classifier, on its features: knn (weighted nearest neighbours) or linear
+        (logistic regression); or finetune, supervised training from its weights.
     json_out
         Write the scores as JSON.
     """
+    given = {k: v for options in (probe_options, finetune_options) for k, v in _given(options).items()}
+    for key in given:
+        if probe is None or key not in _PROBED_BY[probe]:
+            flag, fitting = f"--{key.replace('_', '-')}", [n for n, keys in _PROBED_BY.items() if key in keys]
+            raise ConfigError(f"{flag} goes with --probe {' or '.join(fitting)} - leave it out, or add that")
+    if probe is not None:
+        _evaluate_probe(run, data, probe, given, json_out, source or Source())
+        return
     from pellucid.data import eval_loader
     from pellucid.glass.feed import eval_view
     from pellucid.measure import evaluate as score
@@ -213,13 +264,143 @@ def evaluate(
     with _bar(len(images.test), "image") as step:
         scores = score(model, labelled(eval_loader(images.test, view)), names, progress=step)
     say(scores.table())
-    low, high = scores.interval
-    say(
-        f"accuracy {scores.accuracy:.2%} "
-        f"({scores.confidence:.0%} interval {low:.2%} to {high:.2%}, {scores.count} images)"
-    )
+    say(_accuracy_line(scores, "accuracy"))
     if json_out is not None:
         _write(json_out, json.dumps(scores.to_dict(), indent=1) + "\n")
+
+
+def _given(options: Any) -> dict[str, Any]:
+    """Those of a command's options that were given."""
+    found = vars(options) if options is not None else {}
+    return {k: v for k, v in found.items() if v is not None and v is not False}
+
+
+def _evaluate_probe(
+    run: Path, data: str | None, kind: str, given: dict[str, Any], json_out: Path | None, source: Source
+) -> None:
+    from pellucid.models import load
+    from pellucid.probing import finetune, finetuned_folder, frozen, untrained
+
+    _refuse_output(json_out)
+    model: Any = load(run)
+    name, images = _whole_data(run, data, source)
+    if kind == "finetune":
+        out = given.pop("run_out", None) or finetuned_folder(run, images)
+        given |= {"data_root": source.data_root, "download": source.download}
+        tuned, scores = finetune(run, name, images, out=out, say=say, **given)
+        say(scores.table())
+        say(_accuracy_line(scores, "finetune accuracy"))
+        say(f"the run: {tuned.out}")
+        result = {"probe": {"kind": kind, "run": str(tuned.out), "scores": scores.to_dict()}}
+    else:
+        networks = {"probe": model}
+        if given.pop("untrained", False):
+            networks["untrained"] = untrained(model, given.get("seed", 0))
+        tokens, result = given.pop("tokens", "pooled"), {}
+        for title, network in networks.items():
+            with _bar(len(images.train) + len(images.test), "image") as step:
+                features = frozen(network, images, tokens, progress=step)
+            found = features.knn(**given) if kind == "knn" else features.linear(**given)
+            result[title] = {**found.to_dict(), "tokens": tokens}
+            if title == "probe":
+                say(found.scores.table())
+                say("\n".join(found.lines()))
+            else:
+                say(_accuracy_line(found.scores, "the same architecture with fresh weights:"))
+    if json_out is not None:
+        _write(json_out, json.dumps({"data": images.name, **result}, indent=1) + "\n")
+
+
+@app.command
+def embed(
+    run: Path,
+    data: str | None = None,
+    *,
+    out: Annotated[Path, Parameter(("-o", "--out"))],
+    tokens: Literal["pooled", "cls", "avg", "patch", "all"] = "pooled",
+    overwrite: bool = False,
+    source: Annotated[Source, _Flat] | None = None,
+) -> None:
+    """Write the features of images to a file, with their labels and names.
+
+    Parameters
+    ----------
+    run
+        A run's folder or a model/ folder.
+    data
+        Images, with labels or without, as for train; the run's own when left out.
+    out
+        The file: .npz, .safetensors, or .parquet, which needs pyarrow.
+    tokens
+        One feature of an image: pooled, cls (class token) or avg (mean of the patches); or several: patch, or
+        all, with class token and registers.
+    overwrite
+        Replace the file.
+    """
+    from pellucid.embedding import embed as write
+    from pellucid.models import load
+
+    _refuse_output(out)
+    model: Any = load(run)
+    images = _whole_data(run, data, source or Source(), labels="optional")[1]
+    with _bar(len(images.train) + len(images.test), "image") as step:
+        written = write(model, images, out, tokens, overwrite=overwrite, progress=step)
+    if written.left_out:
+        say(f"left out: {written.left_out} files that cannot be read; pellucid check names them")
+    shape = " x ".join(map(str, (written.images, *written.shape)))
+    say(f"{out}: {tokens} features of {written.images} images, {shape}, {out.stat().st_size / 1e6:.1f} MB")
+
+
+@app.command
+def neighbours(
+    run: Path,
+    data: str,
+    *images: Path,
+    k: int = 8,
+    tokens: Literal["pooled", "cls", "avg"] = "pooled",
+    out: Annotated[Path | None, Parameter(("-o", "--out"))] = None,
+    source: Annotated[Source, _Flat] | None = None,
+) -> None:
+    """The pictures of a data set that are most like the given ones, by the cosine of their features.
+
+    Parameters
+    ----------
+    run
+        A run's folder or a model/ folder.
+    data
+        Where to look, with labels or without, as for train.
+    images
+        Picture files to look for.
+    k
+        How many to find for each.
+    tokens
+        pooled, cls (class token) or avg (mean of the patches).
+    out
+        Draw them on a sheet, .png or .html; what stands there is replaced.
+    """
+    from pellucid.embedding import neighbours as find
+    from pellucid.models import load
+
+    if not images:
+        raise ConfigError("no images given - name at least one picture file behind the data")
+    _refuse_output(out)
+    if out is not None and out.suffix not in (".png", ".html"):
+        raise ConfigError(f"cannot tell the format of {out} - name a file that ends in .png or .html")
+    model: Any = load(run)
+    searched = _whole_data(run, data, source or Source(), labels="optional")[1]
+    with _bar(len(searched.train) + len(searched.test), "image") as step:
+        queries = find(model, searched, images, k=k, tokens=tokens, progress=step)
+    for query in queries:
+        say(f"{query.path}")
+        for hit in query.hits:
+            name = "" if hit.class_name is None else f"{hit.class_name}  "
+            say(f"  {hit.cosine:6.3f}  {name}{hit.path}")
+    if out is not None:
+        from pellucid.glass.neighbours import neighbour_page, neighbour_sheet
+
+        title = f"Nearest in {searched.name}"
+        _write(out, neighbour_sheet(queries) if out.suffix == ".png" else neighbour_page(queries, title))
+        say(f"sheet: {out}")
 
 
 @app.command
@@ -556,13 +737,23 @@ def fit(
 
 
 @app.command
-def check(data: str, *, max_bad: float = 0.01, download: bool = False, data_root: str | None = None) -> None:
+def check(
+    data: str,
+    *,
+    labels: Literal["required", "optional"] = "required",
+    max_bad: float = 0.01,
+    download: bool = False,
+    data_root: str | None = None,
+) -> None:
     """Look at every image of a data set and list what is wrong with it.
 
     Parameters
     ----------
     data
-        A folder, a .npz or a known name.
+        As for train.
+    labels
+        required holds the data to what supervised training needs; optional to what training without labels
+        needs.
     max_bad
         Share of unreadable images above which training refuses the data.
     download
@@ -572,10 +763,68 @@ def check(data: str, *, max_bad: float = 0.01, download: bool = False, data_root
     """
     from pellucid.data import check as look
 
-    result = look(data, max_bad=max_bad, download=download, root=data_root)
+    result = look(data, labels=labels, max_bad=max_bad, download=download, root=data_root)
     say("\n".join(result.lines()))
+    if result.without_labels:
+        raise DataError(
+            f"{result.name} has problems for supervised training, listed above, and none without labels: "
+            "--labels optional"
+        )
     if not result.ok:
         raise DataError(f"{result.name} has problems - they are listed above")
+
+
+@app.command
+def pack(
+    data: str,
+    shards: Path,
+    *,
+    labels: Literal["required", "optional"] = "optional",
+    max_shard_mb: float = 500,
+    overwrite: bool = False,
+    source: Annotated[Source, _Flat] | None = None,
+) -> None:
+    """Pack a data set into a few .tar files that are read in any order, also when it outgrows the memory.
+
+    Parameters
+    ----------
+    data
+        As for train.
+    shards
+        The folder to write; every command takes it as DATA. Programs for WebDataset read it too.
+    labels
+        optional keeps the labels of class folders with no image outside of them; required insists on labels.
+    max_shard_mb
+        Size of a file at most, in million bytes.
+    overwrite
+        Replace the shards in the folder.
+    """
+    from pellucid.data import load_data, show_name
+    from pellucid.data.pack import pack as write
+
+    source = source or Source()
+    max_bad = 0.01 if source.max_bad is None else source.max_bad
+    images = load_data(data, labels=labels, max_bad=max_bad, download=source.download, root=source.data_root)
+    with _bar(len(images.train) + len(images.test), "image") as step:
+        packed = write(
+            images,
+            shards,
+            max_shard_mb=max_shard_mb,
+            max_bad=max_bad,
+            overwrite=overwrite,
+            progress=step,
+        )
+    classes = f"in {len(images.class_names)} classes" if images.class_names else "without labels"
+    say(
+        f"{shards}: {packed.train:,} images to train on and {packed.test:,} to test on, {classes}, "
+        f"in {packed.shards:,} files of {packed.bytes / 1e6:,.1f} MB in all"
+    )
+    if packed.rejects:
+        say(f"{len(packed.rejects):,} rejected and left out:")
+        for reject in packed.rejects[:20]:
+            say(f"  {show_name(reject.path)}: {reject.reason}")
+        if len(packed.rejects) > 20:
+            say(f"  ... and {len(packed.rejects) - 20:,} more, in {shards / 'info.json'}")
 
 
 @app.command
@@ -836,10 +1085,8 @@ def _data_of(run: Run) -> ImageData:
 def _evaluation_data(run: Path, data: str | None, source: Source) -> ImageData:
     """The run's own held-out images, or all of another data set's."""
     from pellucid.data import BUILTIN_NAMES, load_data
-    from pellucid.training import read_config
 
-    config = run / "config.yaml"
-    own = TrainConfig.from_mapping(read_config(config)) if config.is_file() else None
+    own = _own_config(run)
     if data is None:
         if own is None:
             raise ConfigError(f"{run} does not say what it was trained on - name the data to look at")
@@ -852,6 +1099,41 @@ def _evaluation_data(run: Path, data: str | None, source: Source) -> ImageData:
         max_bad=max_bad if source.max_bad is None else source.max_bad,
         download=source.download,
         test_only=not held_out,
+    )
+
+
+def _whole_data(
+    run: Path, data: str | None, source: Source, labels: Literal["required", "optional"] = "required"
+) -> tuple[str, ImageData]:
+    """A data set's name and both its parts, training and test; the run's own when none is named."""
+    from pellucid.data import load_data
+
+    own = _own_config(run)
+    if data is None:
+        if own is None:
+            raise ConfigError(f"{run} does not say what it was trained on - name the data to look at")
+        data = own.data
+    root, max_bad = (own.data_root, own.max_bad) if own is not None else (None, 0.01)
+    images = load_data(
+        data,
+        root=source.data_root or root,
+        max_bad=max_bad if source.max_bad is None else source.max_bad,
+        download=source.download,
+        labels=labels,
+    )
+    return data, images
+
+
+def _own_config(run: Path) -> TrainConfig | None:
+    config = run / "config.yaml"
+    return TrainConfig.from_mapping(read_config(config)) if config.is_file() else None
+
+
+def _accuracy_line(scores: Any, title: str) -> str:
+    low, high = scores.interval
+    return (
+        f"{title} {scores.accuracy:.2%} "
+        f"({scores.confidence:.0%} interval {low:.2%} to {high:.2%}, {scores.count} images)"
     )
 
 
@@ -875,7 +1157,8 @@ def _class_names(model: Any) -> list[str]:
     """What the model was taught; numbers for weights that came without names."""
     if model.num_classes == 0:
         raise CheckpointError(
-            "the model has no classifier, it gives features - audit it, or train one on top"
+            "the model has no classifier, it gives features - evaluate them with --probe knn, linear or "
+            "finetune, or look for like pictures with pellucid neighbours"
         )
     return list(model.pretrained_cfg.get("label_names") or map(str, range(model.num_classes)))
 
@@ -1007,7 +1290,7 @@ def _refuse_output(path: Path | None) -> None:
         raise ConfigError(f"cannot write {path}: it is a folder - name a file in it")
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, text: str | bytes) -> None:
     from pellucid.training.checkpoint import write_file
 
     _refuse_output(path)

@@ -87,6 +87,15 @@ def _page(title: str, header: Html, read: Bundle, sections: Mapping[str, tuple[s
         aria_label="Contents",
     )
     main = tag("main", header, contents if shown else "", *(body for _, body in shown.values()))
+    return _document(title, main)
+
+
+def render_page(title: str, *body: str) -> str:
+    """Any markup as a page of its own, under the same promises as :func:`render`."""
+    return _document(title, tag("main", *body))
+
+
+def _document(title: str, main: Html) -> str:
     head = _head(f"{title} – pellucid report")
     return "<!DOCTYPE html>\n" + tag("html", head, tag("body", main, _script()), lang="en") + "\n"
 
@@ -125,4 +134,4 @@ def _file(name: str) -> str:
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
-__all__ = ["render", "render_comparison", "render_fit"]
+__all__ = ["render", "render_comparison", "render_fit", "render_page"]

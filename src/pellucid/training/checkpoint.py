@@ -149,9 +149,9 @@ def remove_folder(path: Path, then: Any = None) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def write_file(path: Path, content: str) -> None:
-    """A text file, whole or not at all."""
-    data = content.encode("utf-8", "backslashreplace")
+def write_file(path: Path, content: str | bytes) -> None:
+    """A small file, whole or not at all."""
+    data = content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace")
     with saving(path.parent, len(data)), new_file(path) as scratch:
         write_flushed(scratch, data)
 
