@@ -94,6 +94,21 @@ def test_finetuning_a_model_without_a_classifier(run, digits, tmp_path):
     assert scores.accuracy > 0.5
 
 
+def test_a_run_that_learnt_without_labels(digits, tmp_path):
+    options = {"epochs": 1, "batch_size": 128, "engine": "plain", "progress": False}
+    run = train(
+        digits, objective="simdino", model="crate_digits", model_args=TINY, out=str(tmp_path / "x"), **options
+    )
+    model = load(run.out)
+    assert model.num_classes == 0
+    # The same classifier that watched over the run, on the same images.
+    found = frozen(model, digits).knn()
+    assert found.scores.accuracy == pytest.approx(run.measures["knn accuracy"], abs=1.5 / 450)
+    tuned, scores = finetune(run.out, digits, digits, out=tmp_path / "tuned", **options)
+    assert tuned.model.num_classes == 10
+    assert scores.accuracy == pytest.approx(tuned.accuracy)
+
+
 def test_what_cannot_be_probed(run, digits):
     pictures = digits.train.images[:20]
     bare = ArrayImages(pictures, torch.full((20,), -1), "bare")

@@ -26,7 +26,7 @@ NEIGHBOURS = 20
 
 TEMPERATURE = 0.07
 
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 """Values of scikit-learn's C that the linear probe chooses from; small ones keep the weights small."""
 
 HELD_OUT = 0.2

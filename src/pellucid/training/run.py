@@ -471,7 +471,7 @@ def _hand_over(run: Run, setting: _Setting) -> None:
     config = describe_model(
         run.model,
         weights,
-        class_names=setting.images.class_names,
+        class_names=setting.images.class_names if run.model.num_classes else [],
         mean=setting.view.mean,
         std=setting.view.std,
         img_size=setting.view.img_size,
