@@ -800,7 +800,7 @@ def pack(
         Replace the shards in the folder.
     """
     from pellucid.data import load_data, show_name
-    from pellucid.data.pack import pack as write
+    from pellucid.data import pack as write
 
     source = source or Source()
     max_bad = 0.01 if source.max_bad is None else source.max_bad
@@ -1024,11 +1024,13 @@ def _message(error: Exception) -> str:
 
 def _train(options: dict[str, Any], resume: bool, overwrite: bool) -> Run:
     from pellucid.training import train as fit
+    from pellucid.training.ranks import rank
 
     options = dict(options)
     run = fit(options.pop("data", ""), **options, resume=resume, overwrite=overwrite, say=say)
     accuracy = "" if run.accuracy is None else f", test accuracy {run.accuracy:.2%}"
-    say(f"{run.config.model}: trained in {run.seconds:.1f} s{accuracy}, in {run.out}")
+    if rank() == 0:
+        say(f"{run.config.model}: trained in {run.seconds:.1f} s{accuracy}, in {run.out}")
     return run
 
 
@@ -1036,6 +1038,8 @@ def _train_and_report(
     options: dict[str, Any], beside: str | None, command: str, resume: bool, overwrite: bool
 ) -> Run:
     """Train, and a second model by the same recipe if there is to be one; then look at both."""
+    from pellucid.training.ranks import rank
+
     if beside is not None:
         from pellucid.models import create_model
 
@@ -1046,6 +1050,8 @@ def _train_and_report(
         out = run.out / f"beside-{beside}"
         recipe = {**vars(run.config), "model": beside, "model_args": _shared_sizes(run), "out": str(out)}
         runs.append(_train(recipe, resume=out.exists(), overwrite=False))
+    if rank() > 0:  # of several processes that train together, one writes
+        return run
     images = _data_of(run)
     path = _report(runs, images, run.out / "report.html", command)
     say(f"report: {path}")

@@ -518,7 +518,7 @@ def test_npz_with_pickled_objects_is_refused(tmp_path):
         ({"x": None}, "there is no array 'x', only y"),
         ({"y": None}, "there is no array 'y', only x"),
         ({"x": np.zeros((20, 6, 5))}, "x is float64 (20, 6, 5)"),
-        ({"x": np.zeros((20, 6, 5, 2), np.uint8)}, "give uint8"),
+        ({"x": np.zeros((20, 6, 5, 65), np.uint8)}, "give uint8"),
         ({"x": np.zeros((20, 0, 5), np.uint8)}, "give uint8"),
         ({"y": np.zeros(20)}, "y is float64 (20,)"),
         ({"y": np.arange(19)}, "x has 20 images and y 19 labels"),

@@ -11,6 +11,7 @@ from pellucid.data.dataset import ArrayImages, FileImages, ImageData, ImageSet, 
 from pellucid.data.images import ImageRejected, read_image, show_name, to_channels
 from pellucid.data.load import load_data
 from pellucid.data.loaders import Batch, StepSampler, ViewedSet, eval_loader, train_loader
+from pellucid.data.packing import Packed, pack
 from pellucid.data.randomness import draws, order
 from pellucid.data.views import Magnitudes, View
 
@@ -28,6 +29,7 @@ __all__ = [
     "Magnitudes",
     "Masking",
     "MultiView",
+    "Packed",
     "Reject",
     "StepSampler",
     "View",
@@ -37,6 +39,7 @@ __all__ = [
     "eval_loader",
     "load_data",
     "order",
+    "pack",
     "read_image",
     "show_name",
     "to_channels",

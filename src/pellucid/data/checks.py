@@ -6,23 +6,17 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from pellucid.data.dataset import ImageData, ImageSet, Reject
-from pellucid.data.folders import ImageFile, Layout, Split, find_layout, labelled, problems, split
-from pellucid.data.images import MAX_PIXELS, show_name
-from pellucid.data.load import (
-    MAX_BAD,
-    Spec,
-    distinct,
-    file_images,
-    folder_of,
-    is_in_memory,
-    load_in_memory,
-    title,
-)
-from pellucid.data.verify import Look, look_at, rejected, too_many_rejects
-from pellucid.errors import PellucidError
+import numpy as np
+
+from pellucid.data.builtin import NAMES as BUILTIN_NAMES
+from pellucid.data.dataset import EncodedImages, ImageData, ImageSet, Reject
+from pellucid.data.found import Asked, Found, Labels, Looks
+from pellucid.data.images import KINDS, MAX_PIXELS, show_name
+from pellucid.data.load import MAX_BAD, Spec, ask, find, is_in_memory, load_in_memory, title
+from pellucid.data.verify import look, refuse_dead_classes, rejected, too_many_rejects
+from pellucid.errors import DataError, PellucidError
 
 SHOWN = 20  # lines of one kind at most
 
@@ -33,13 +27,15 @@ Size = tuple[int, int]
 class CheckReport:
     """What a data set holds and what is wrong with it.
 
-    ``class_counts``: class -> images to train on, to test on (for a folder that cannot be split: all of
-    them, 0). ``sizes``: smallest, median and largest (height, width) by area. ``kinds``: how many
-    pictures are gray, colour, alpha, ... ``duplicates``: pairs (in train, in test) with the same bytes.
-    ``problems``: what load_data would refuse. ``notes``: what it passes over.
+    ``count``: images to train on, to test on (for a folder that cannot be split: all of them, 0).
+    ``class_counts``: the same for each class; empty without labels. ``sizes``: smallest, median and largest
+    (height, width) by area. ``kinds``: how many pictures are gray, colour, alpha, ... ``duplicates``: pairs
+    (in train, in test) with the same bytes. ``problems``: what load_data would refuse. ``notes``: what it
+    passes over. ``without_labels``: whether it would accept the data with ``labels="optional"``.
     """
 
     name: str
+    count: tuple[int, int]
     class_counts: dict[str, tuple[int, int]]
     sizes: tuple[Size, Size, Size] | None
     kinds: dict[str, int]
@@ -47,6 +43,7 @@ class CheckReport:
     duplicates: tuple[tuple[str, str], ...]
     problems: tuple[str, ...]
     notes: tuple[str, ...]
+    without_labels: bool = False
 
     @property
     def ok(self) -> bool:
@@ -58,10 +55,9 @@ class CheckReport:
         return [line for part in self._sections() for text in part for line in text.splitlines()]
 
     def _sections(self) -> Iterator[list[str]]:
-        train, test = (sum(count[k] for count in self.class_counts.values()) for k in (0, 1))
-        yield [
-            f"{self.name}: {train + test:,} images in {len(self.class_counts)} classes, {train:,} + {test:,}"
-        ]
+        train, test = self.count
+        kinds = f"in {len(self.class_counts)} classes" if self.class_counts else "without labels"
+        yield [f"{self.name}: {train + test:,} images {kinds}, {train:,} + {test:,}"]
         yield _listed(
             f"  {show_name(name)}: {of_train:,} to train on, {of_test:,} to test on"
             for name, (of_train, of_test) in self.class_counts.items()
@@ -79,12 +75,13 @@ class CheckReport:
             yield _listed(f"  {show_name(train)} = {show_name(test)}" for train, test in self.duplicates)
         yield _listed(f"note: {note}" for note in self.notes)
         yield _listed(f"problem: {problem}" for problem in self.problems)
-        yield ["ok" if self.ok else "not ok"]
+        yield ["ok" if self.ok else "not ok" + "; ok without labels" * self.without_labels]
 
 
 def check(
     spec: Spec,
     *,
+    labels: Labels = "required",
     download: bool = False,
     root: str | os.PathLike[str] | None = None,
     split_seed: int = 0,
@@ -92,18 +89,42 @@ def check(
     max_pixels: int = MAX_PIXELS,
     max_bad: float = MAX_BAD,
 ) -> CheckReport:
-    """Look at a whole data set, with load_data's arguments. What load_data would refuse is listed."""
+    """Look at a whole data set, with load_data's arguments. What load_data would refuse is listed.
+
+    Data that only lack labels are looked at all the same, and a note says what they are good for.
+    """
     if isinstance(spec, ImageData):
         return _check_loaded(spec)
     path = os.fspath(spec)
+    asked = ask(labels, test_fraction, split_seed, False, max_pixels)
     try:
         if is_in_memory(path):
-            loaded = load_in_memory(path, root, download, test_fraction, split_seed, test_only=False)
-            return _check_loaded(loaded)
-        layout = find_layout(folder_of(path, root))
+            return _check_in_memory(path, root, download, asked)
+        found = find(path, root, asked)
     except PellucidError as error:
-        return CheckReport(title(path), {}, None, {}, (), (), (str(error),), ())
-    return _check_folder(title(path), layout, split_seed, test_fraction, max_pixels, max_bad)
+        return CheckReport(title(path), (0, 0), {}, None, {}, (), (), (str(error),), ())
+    return _check_found(found, max_bad)
+
+
+USE = "images without labels, usable with --objective simdino, dino or mae"
+
+
+def _check_in_memory(
+    path: str, root: str | os.PathLike[str] | None, download: bool, asked: Asked
+) -> CheckReport:
+    """As it can be loaded, and what stands against it."""
+    try:
+        return _check_loaded(load_in_memory(path, root, download, asked))
+    except PellucidError as error:
+        if asked.labels == "optional" or path in BUILTIN_NAMES:
+            raise
+        try:
+            without = load_in_memory(path, root, download, replace(asked, labels="optional"))
+        except PellucidError:
+            raise error from None
+        report = _check_loaded(without)
+        note = f"{sum(report.count):,} {USE}"
+        return replace(report, problems=(str(error),), notes=(note,), without_labels=True)
 
 
 def _check_loaded(data: ImageData) -> CheckReport:
@@ -119,9 +140,13 @@ def _check_loaded(data: ImageData) -> CheckReport:
     ]
     return CheckReport(
         name=data.name,
-        class_counts=_label_counts(data.class_names, data.train.labels.tolist(), data.test.labels.tolist()),
-        sizes=_size_range(list(sizes.elements())),
-        kinds={"gray" if c == 1 else "colour": count for c, count in sorted(channels.items())},
+        count=(len(data.train), len(data.test)),
+        class_counts=_label_counts(data.class_names, data.train, data.test),
+        sizes=_size_range(np.array(list(sizes.elements())).reshape(-1, 2)),
+        kinds={
+            {1: "gray", 3: "colour"}.get(c, f"of {c} channels"): count
+            for c, count in sorted(channels.items())
+        },
         rejects=data.rejects,
         duplicates=tuple(pairs),
         problems=(),
@@ -129,73 +154,66 @@ def _check_loaded(data: ImageData) -> CheckReport:
     )
 
 
-def _check_folder(
-    name: str, layout: Layout, seed: int, test_fraction: float | None, max_pixels: int, max_bad: float
-) -> CheckReport:
-    found = problems(layout)
-    files = Split(labelled(layout, layout.train), [])
-    if layout.test is not None:
-        files = files._replace(test=labelled(layout, layout.test))
-    if splits := not found:
-        try:
-            files = split(layout, test_fraction=test_fraction, seed=seed)
-        except PellucidError as error:
-            found.append(str(error))
-            splits = False
-    looks = look_at(distinct(files), max_pixels=max_pixels)
-    if message := too_many_rejects(looks, max_bad=max_bad, where=layout.root):
-        found.append(message)
-    if splits:
-        found += _dead_classes(layout, files, looks, max_pixels)
-    headers = [look.header for look in looks if look.header is not None]
+def _check_found(found: Found, max_bad: float) -> CheckReport:
+    problems = [str(problem) for problem in found.problems]
+    looks = look(found)
+    too_many = too_many_rejects(found, looks, max_bad)
+    if too_many:
+        problems.append(too_many)
+    if not found.problems:
+        problems += _dead_classes(found, looks)
+    damage = found.inspect()
+    notes = list(found.notes)
+    without = bool(found.without_labels and not too_many and not damage)
+    if without:
+        lack = "" if found.class_names else "no class folders: "
+        notes.insert(0, f"{lack}{found.without_labels:,} {USE}")
+    seen = [np.stack([part.height, part.width], axis=1)[part.good] for part in looks]
+    kinds = Counter(KINDS[kind] for part in looks for kind in part.kind[part.good])
     return CheckReport(
-        name=name,
-        class_counts=_label_counts(layout.class_names, *([label for _, label in part] for part in files)),
-        sizes=_size_range([(header.height, header.width) for header in headers]),
-        kinds=dict(sorted(Counter(header.kind for header in headers).items())),
-        rejects=rejected(looks) + layout.unlisted,
-        duplicates=tuple(_duplicates(files, looks)),
-        problems=tuple(found),
-        notes=tuple(_notes(layout)),
+        name=found.name,
+        count=(len(found.train), len(found.test)),
+        class_counts=_label_counts(found.class_names, found.train, found.test),
+        sizes=_size_range(np.concatenate(seen)),
+        kinds=dict(sorted(kinds.items())),
+        rejects=rejected(found, looks),
+        duplicates=tuple(_duplicates(found, looks)),
+        problems=tuple(problems + damage),
+        notes=tuple(notes),
+        without_labels=without,
     )
 
 
-def _dead_classes(layout: Layout, files: Split, looks: Sequence[Look], max_pixels: int) -> list[str]:
+def _dead_classes(found: Found, looks: tuple[Looks, Looks]) -> list[str]:
     try:
-        file_images(files, looks, layout, max_pixels)
+        refuse_dead_classes(found, looks)
     except PellucidError as error:
         return [str(error)]
     return []
 
 
-def _notes(layout: Layout) -> Iterator[str]:
-    for tree in layout.trees:
-        if tree.loose:
-            yield f"{tree.loose:,} images directly in {show_name(tree.root)} are in no class and ignored"
-        for link in tree.links:
-            yield f"{show_name(link)} is a link to a folder, not followed"
+def _duplicates(found: Found, looks: tuple[Looks, Looks]) -> Iterator[tuple[str, str]]:
+    """Pairs of paths with the same SHA-256. Only pictures whose size occurs on both sides are read."""
+    parts = (found.train, found.test)
+    sizes = [images.byte_sizes() for images in parts]
+    common = np.intersect1d(sizes[0][looks[0].good], sizes[1][looks[1].good])
+    train, test = (
+        np.flatnonzero(np.isin(size, common) & part.good) for size, part in zip(sizes, looks, strict=True)
+    )
+    digests: dict[str, int] = {}
+    for i in train.tolist():
+        if digest := _digest(found.train, i):
+            digests.setdefault(digest, i)
+    for i in test.tolist():
+        if (digest := _digest(found.test, i)) in digests:
+            yield found.train.path(digests[digest]), found.test.path(i)
 
 
-def _duplicates(files: Split, looks: Sequence[Look]) -> Iterator[tuple[str, str]]:
-    """Pairs of paths with the same SHA-256. Only files whose size occurs on both sides are read."""
-    readable = {look.file.path for look in looks if look.reason is None}
-    train, test = ([file for file, _ in part if file.path in readable] for part in files)
-    sizes = {file.size for file in train} & {file.size for file in test}
-    digests: dict[str, str] = {}
-    for file in train:
-        if file.size in sizes and (digest := _file_digest(file)):
-            digests.setdefault(digest, file.path)
-    for file in test:
-        if file.size in sizes and (digest := _file_digest(file)) and digest in digests:
-            yield digests[digest], file.path
-
-
-def _file_digest(file: ImageFile) -> str | None:
+def _digest(images: EncodedImages, i: int) -> str:
     try:
-        with open(file.path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError:  # gone since it was looked at
-        return None
+        return hashlib.sha256(images.encoded(i)).hexdigest()
+    except DataError:  # gone since it was looked at, or in a damaged archive
+        return ""
 
 
 def _pixel_digest(images: ImageSet, i: int) -> str:
@@ -209,16 +227,18 @@ def _images(*sets: ImageSet) -> Iterator:
             yield images.image(i)
 
 
-def _label_counts(names: Sequence[str], train: list[int], test: list[int]) -> dict[str, tuple[int, int]]:
-    of_train, of_test = Counter(train), Counter(test)
+def _label_counts(names: Sequence[str], train: ImageSet, test: ImageSet) -> dict[str, tuple[int, int]]:
+    of_train, of_test = Counter(train.labels.tolist()), Counter(test.labels.tolist())
     return {name: (of_train[label], of_test[label]) for label, name in enumerate(names)}
 
 
-def _size_range(sizes: list[Size]) -> tuple[Size, Size, Size] | None:
-    if not sizes:
+def _size_range(sizes: np.ndarray) -> tuple[Size, Size, Size] | None:
+    """Smallest, median and largest of (n, 2) heights and widths."""
+    if not len(sizes):
         return None
-    ordered = sorted(sizes, key=lambda size: (size[0] * size[1], size))
-    return ordered[0], ordered[len(ordered) // 2], ordered[-1]
+    ordered = sizes[np.lexsort((sizes[:, 1], sizes[:, 0], sizes[:, 0] * sizes[:, 1]))].tolist()
+    smallest, median, largest = (tuple(ordered[k]) for k in (0, len(ordered) // 2, -1))
+    return smallest, median, largest
 
 
 def _listed(lines: Iterator[str] | list[str]) -> list[str]:

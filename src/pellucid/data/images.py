@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import stat
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".gif", ".bmp", ".tif", ".tiff", ".webp"}
     | {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx"}
 )
+KINDS = ("gray", "16-bit gray", "colour", "palette", "CMYK", "alpha")
 MAX_PIXELS = 50_000_000
 WHITE = (255, 255, 255)
 
@@ -48,7 +50,7 @@ class ImageRejected(DataError):
 class Header(NamedTuple):
     """What the first bytes of a picture say, before orientation is applied."""
 
-    kind: str  # "gray", "16-bit gray", "colour", "palette", "CMYK" or "alpha"
+    kind: str  # one of KINDS
     channels: int  # of the tensor that read_image returns: 1 or 3
     height: int
     width: int
@@ -87,10 +89,30 @@ def read_header(source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX
         return Header(kind, channels, picture.height, picture.width)
 
 
-def to_channels(image: torch.Tensor, in_chans: int) -> torch.Tensor:
-    """uint8 (..., c, h, w) with c in {1, 3} -> (..., in_chans, h, w).
+def too_large(pixels: int, max_pixels: int) -> str | None:
+    """Why a picture of so many pixels is rejected, or None."""
+    if pixels <= max_pixels:
+        return None
+    return f"{_megapixels(pixels)} MP > limit {_megapixels(max_pixels)} MP (--max-pixels)"
 
-    Colour becomes gray by the luma of Rec. 601, 0.299 R + 0.587 G + 0.114 B; gray is repeated.
+
+def file_bytes(path: str | os.PathLike[str]) -> bytes:
+    """A picture's file as it is. Raises ImageRejected for one that cannot be read."""
+    with _rejections(path), _open_regular(path) as file:
+        return file.read()
+
+
+def extension(data: bytes) -> str:
+    """What a file of these bytes is called, after what they are: "jpg", "png", ... Raises ImageRejected."""
+    with _rejections(data), _opened(data, max_pixels=sys.maxsize) as picture:
+        return _EXTENSION_OF[picture.format or ""]
+
+
+def to_channels(image: torch.Tensor, in_chans: int) -> torch.Tensor:
+    """uint8 (..., c, h, w) -> (..., in_chans, h, w), for c = in_chans or one 1 and the other 3.
+
+    Colour becomes gray by the luma of Rec. 601, 0.299 R + 0.587 G + 0.114 B; gray is repeated. Other
+    channels mean what their maker says, so nothing is made of them. Raises ConfigError.
     """
     channels = image.shape[-3]
     if channels == in_chans:
@@ -101,7 +123,10 @@ def to_channels(image: torch.Tensor, in_chans: int) -> torch.Tensor:
         red, green, blue = image.to(torch.int32).unbind(-3)
         luma = (299 * red + 587 * green + 114 * blue + 500) // 1000
         return luma.to(torch.uint8).unsqueeze(-3)
-    raise ConfigError(f"{channels} channels cannot become {in_chans} - pictures have 1 (gray) or 3 (RGB)")
+    raise ConfigError(
+        f"{channels} channels cannot become {in_chans} - only gray (1) and RGB (3) become each other;"
+        f" give images of {in_chans} channels, or a model for {channels}"
+    )
 
 
 def show_name(path: str | bytes | os.PathLike[str]) -> str:
@@ -113,6 +138,11 @@ def show_name(path: str | bytes | os.PathLike[str]) -> str:
 # Pillow modes: gray of at most 8 bits (with or without alpha), and gray of 16 bits.
 _GRAY = frozenset({"1", "L", "LA", "La"})
 _GRAY_16 = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N"})
+
+_EXTENSION_OF = {
+    **{"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "GIF": "gif", "BMP": "bmp"},
+    **{"TIFF": "tif", "WEBP": "webp", "PPM": "ppm", "JPEG2000": "jp2"},
+}
 
 _ORIENTATIONS = {  # EXIF orientation -> what makes the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -175,11 +205,8 @@ def _opened(source: str | os.PathLike[str] | bytes, max_pixels: int) -> Iterator
                     picture.getexif()
         except UnidentifiedImageError:
             raise ImageRejected(_why_unidentified(head)) from None
-        pixels = picture.width * picture.height
-        if pixels > max_pixels:
-            raise ImageRejected(
-                f"{_megapixels(pixels)} MP > limit {_megapixels(max_pixels)} MP (--max-pixels)"
-            )
+        if reason := too_large(picture.width * picture.height, max_pixels):
+            raise ImageRejected(reason)
         if picture.mode.startswith("F"):
             raise ImageRejected("floating-point pixels have no stated range; save it as 8 or 16 bit")
         yield picture

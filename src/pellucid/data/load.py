@@ -1,20 +1,21 @@
-"""One call from what the user names - a folder, a file, a known name - to data ready to train on."""
+"""One call from what the user names - a folder, a file, shards, a known name - to data ready to train on."""
 
 from __future__ import annotations
 
-import hashlib
+import glob
 import os
-from collections.abc import Sequence
+from typing import get_args
 
-import torch
+import numpy as np
 
-from pellucid.data import arrays, builtin
-from pellucid.data.dataset import FileImages, ImageData, channel_statistics, natural_size
-from pellucid.data.folders import ImageFile, Layout, Split, find_layout, problems, split
+from pellucid.data import arrays, builtin, hub, shards
+from pellucid.data.dataset import ImageData, describe, natural_size
+from pellucid.data.folders import find_folder
+from pellucid.data.found import Asked, Found, Labels, Looks
 from pellucid.data.images import MAX_PIXELS, show_name
 from pellucid.data.split import refuse_fraction
-from pellucid.data.verify import Look, look_at, rejected, too_many_rejects
-from pellucid.errors import DataError, suggest
+from pellucid.data.verify import look, readable_test, refuse_dead_classes, rejected, too_many_rejects
+from pellucid.errors import ConfigError, DataError, suggest
 
 MAX_BAD = 0.01
 
@@ -24,6 +25,7 @@ Spec = str | os.PathLike[str] | ImageData
 def load_data(
     spec: Spec,
     *,
+    labels: Labels = "required",
     download: bool = False,
     root: str | os.PathLike[str] | None = None,
     split_seed: int = 0,
@@ -32,33 +34,49 @@ def load_data(
     max_bad: float = MAX_BAD,
     test_only: bool = False,
 ) -> ImageData:
-    """Read a data set and look at every file of it.
+    """Read a data set and look at every picture of it.
 
     ``spec`` is a folder of class folders, a folder with ``train/`` and ``val/`` (or ``valid/``,
-    ``validation/``, ``test/``) of class folders, a ``.npz`` file, one of ``builtin.NAMES``, or ImageData,
-    which comes back as it is. A known name goes before a folder of that name; say ``./digits`` for it.
+    ``validation/``, ``test/``) of class folders, a ``.npz`` file, a folder that ``pack`` wrote, WebDataset
+    shards (a folder of ``.tar`` files, one of them, or a pattern such as ``"shards/*.tar"``), a data set of
+    the Hugging Face hub as ``hf:OWNER/NAME`` (see ``hub``), one of ``builtin.NAMES``, or ImageData, which
+    comes back as it is. A known name goes before a folder of that name; say ``./digits`` for it.
 
-    ``root`` is where the named data sets are kept (``~/.cache/pellucid/data``). A folder without a split
-    holds back ``test_fraction`` (0.2) of each class, by ``split_seed``. With ``test_only`` nothing is held
-    back: train and test are both the set to evaluate on, and one class is enough.
+    With ``labels="optional"`` data without labels load too: folders of pictures in whatever order, shards
+    without ``.cls``, a ``.npz`` without ``y``. Their ``class_names`` are [] and every label is -1. What has
+    labels that supervised training could use keeps them; partial labels are put aside.
 
-    Raises DataError for data that cannot be used, also when more than the share ``max_bad`` of the files
+    ``root`` is where the named data sets are kept (``~/.cache/pellucid/data``). Data without a split hold
+    back ``test_fraction`` of each class (0.2; without labels 0.1, at most 5,000), by ``split_seed``. With
+    ``test_only`` nothing is held back: train and test are both the set to evaluate on, and one class is
+    enough.
+
+    Raises DataError for data that cannot be used, also when more than the share ``max_bad`` of the pictures
     is rejected (up to that share, the next picture of the class stands in); ConfigError for options that
     contradict the data.
     """
     if isinstance(spec, ImageData):
         return spec
     path = os.fspath(spec)
+    asked = ask(labels, test_fraction, split_seed, test_only, max_pixels)
     if is_in_memory(path):
-        return load_in_memory(path, root, download, test_fraction, split_seed, test_only)
-    layout = find_layout(folder_of(path, root))
-    for problem in problems(layout, test_only=test_only):
-        raise DataError(problem)
-    files = split(layout, test_fraction=test_fraction, seed=split_seed, test_only=test_only)
-    looks = look_at(distinct(files), max_pixels=max_pixels)
-    if message := too_many_rejects(looks, max_bad=max_bad, where=layout.root):
+        return load_in_memory(path, root, download, asked)
+    found = find(path, root, asked)
+    for problem in found.problems:
+        raise problem
+    looks = look(found)
+    if message := too_many_rejects(found, looks, max_bad):
         raise DataError(message)
-    return _image_data(title(path), layout, files, looks, max_pixels)
+    return _image_data(found, looks)
+
+
+def ask(
+    labels: Labels, test_fraction: float | None, split_seed: int, test_only: bool, max_pixels: int
+) -> Asked:
+    """What is wanted. Raises ConfigError."""
+    if labels not in get_args(Labels):
+        raise ConfigError(f"labels is '{labels}' - give {' or '.join(get_args(Labels))}")
+    return Asked(labels, test_fraction, split_seed, test_only, max_pixels)
 
 
 def is_in_memory(path: str) -> bool:
@@ -68,100 +86,64 @@ def is_in_memory(path: str) -> bool:
     return path.lower().endswith(".npz") and os.path.isfile(path)
 
 
-def load_in_memory(
-    path: str,
-    root: str | os.PathLike[str] | None,
-    download: bool,
-    test_fraction: float | None,
-    split_seed: int,
-    test_only: bool,
-) -> ImageData:
+def load_in_memory(path: str, root: str | os.PathLike[str] | None, download: bool, asked: Asked) -> ImageData:
     """A known data set or a ``.npz`` file."""
     if path not in builtin.NAMES:
-        return arrays.load_npz(path, test_fraction=test_fraction, seed=split_seed, test_only=test_only)
-    refuse_fraction(test_fraction, path)
+        return arrays.load_npz(path, asked)
+    refuse_fraction(asked.test_fraction, path)
     if path == builtin.DIGITS:
         return builtin.load_digits()
     return builtin.load_published(path, _data_root(root), download=download)
 
 
-def folder_of(path: str, root: str | os.PathLike[str] | None) -> str:
-    """The folder of images that ``path`` names. Raises DataError when it names none."""
+def find(path: str, root: str | os.PathLike[str] | None, asked: Asked) -> Found:
+    """The pictures that ``path`` names, not yet looked at. Raises DataError when it names none."""
     if path == builtin.IMAGENET:
-        return builtin.imagenet_folder(_data_root(root))
+        return find_folder(builtin.imagenet_folder(_data_root(root)), title(path), asked)
+    if path.startswith(hub.PREFIX):
+        return hub.find_hub(path, asked)
+    if shards.is_packed(path):
+        return shards.find_packed(path, title(path), asked)
+    if tars := shards.tar_files(path):
+        return shards.find_tars(tars, show_name(path), title(path), _data_root(root), asked)
     if os.path.isdir(path):
-        return path
+        return find_folder(path, title(path), asked)
     shown = show_name(path)
     if os.path.lexists(path):
-        raise DataError(f"{shown} is neither a folder nor a .npz file - name the folder of class folders")
+        raise DataError(
+            f"{shown} is neither a folder nor a .npz file nor a .tar - name the folder of class folders"
+        )
     hint = suggest(path, builtin.NAMES) if os.path.basename(path) == path else " - check the path"
     raise DataError(f"no folder and no data set is called '{shown}'{hint}")
 
 
 def title(path: str) -> str:
     """What to call the data set at ``path``; safe to print."""
-    return show_name(path if path in builtin.NAMES else os.path.basename(os.path.abspath(path)))
+    if path in builtin.NAMES:
+        return path
+    folder, name = os.path.split(os.path.abspath(path))
+    return show_name(os.path.basename(folder) if glob.has_magic(name) and not os.path.lexists(path) else name)
 
 
-def distinct(files: Split) -> list[ImageFile]:
-    """Each file once, though it be in train and in test."""
-    return list({file.path: file for part in files for file, _ in part}.values())
-
-
-def file_images(files: Split, looks: Sequence[Look], layout: Layout, max_pixels: int) -> list[FileImages]:
-    """Train and test as sets that know their rejects.
-
-    A test class of which nothing can be read is left out of test, for nothing can stand in. Raises
-    DataError when that is so of a class in train, or of the whole test set.
-    """
-    reasons = {look.file.path: look.reason for look in looks}
-    alive = [{label for file, label in part if reasons[file.path] is None} for part in files]
-    for file, label in files.train:
-        if label not in alive[0]:
-            raise DataError(
-                f'no training image of class "{show_name(layout.class_names[label])}" can be read'
-                f" ({show_name(file.relative)}: {reasons[file.path]}) - {show_name(layout.root)}"
-                " - replace its images or remove the folder"
-            )
-    test = [item for item in files.test if item[1] in alive[1]]
-    if not test:
-        raise DataError(f"no test image can be read - {show_name(layout.root)} - replace the images")
-    sets = []
-    for part in (files.train, test):
-        labels = torch.tensor([label for _, label in part], dtype=torch.int64)
-        bad = [i for i, (file, _) in enumerate(part) if reasons[file.path] is not None]
-        sets.append(FileImages([file.path for file, _ in part], labels, bad=bad, max_pixels=max_pixels))
-    return sets
-
-
-def _image_data(name: str, layout: Layout, files: Split, looks: Sequence[Look], max_pixels: int) -> ImageData:
-    train, test = file_images(files, looks, layout, max_pixels)
-    in_train = {file.path for file, _ in files.train}
-    headers = [look.header for look in looks if look.header is not None and look.file.path in in_train]
-    in_chans = max(header.channels for header in headers)
-    mean, std = channel_statistics(train, in_chans)
-    return ImageData(
-        name=name,
-        train=train,
-        test=test,
-        class_names=layout.class_names,
-        in_chans=in_chans,
-        img_size=natural_size((header.height, header.width) for header in headers),
-        mean=mean,
-        std=std,
-        rejects=rejected(looks) + layout.unlisted,
-        fingerprint=_fingerprint([look.file for look in looks], layout.class_names),
+def _image_data(found: Found, looks: tuple[Looks, Looks]) -> ImageData:
+    refuse_dead_classes(found, looks)
+    rejects = rejected(found, looks)
+    test, seen = readable_test(found, looks)
+    for images, part in ((found.train, looks[0]), (test, seen)):
+        images.reject(part.reasons)
+    train = looks[0]
+    sizes = np.unique(np.stack([train.height, train.width], axis=1)[train.good], axis=0)
+    return describe(
+        found.name,
+        found.train,
+        test,
+        found.class_names,
+        in_chans=int(train.channels.max()),
+        img_size=natural_size((height, width) for height, width in sizes.tolist()),
+        rejects=rejects,
+        fingerprint=found.fingerprint,
     )
 
 
 def _data_root(root: str | os.PathLike[str] | None) -> str:
     return os.path.expanduser(builtin.DEFAULT_ROOT if root is None else os.fspath(root))
-
-
-def _fingerprint(files: Sequence[ImageFile], class_names: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    for name in class_names:
-        digest.update(os.fsencode(name) + b"\0")
-    for relative, size in sorted((os.fsencode(file.relative), file.size) for file in files):
-        digest.update(b"%s\0%d\0" % (relative, size))
-    return digest.hexdigest()
