@@ -1,10 +1,14 @@
 """CRATE-MAE beyond what was recorded: the corrected form, masks, and what the decoder undoes."""
 
+from functools import partial
+
 import pytest
 import torch
+from timm.models.vision_transformer import Block
+from torch import nn
 
 from pellucid.models import CRATE, CRATEMAE, create_model
-from pellucid.steps import Decompression, Synthesis
+from pellucid.steps import MHSA, MLP, Decompression, Synthesis
 
 SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 0}
 
@@ -146,6 +150,8 @@ def test_another_image_size(model):
 def test_options_that_do_not_fit():
     with pytest.raises(ValueError, match="encode is 'some'"):
         CRATEMAE(encode="some", **SIZES)
+    with pytest.raises(ValueError, match="decoder is 'none'; known: 'reverse', 'mhsa_mlp'"):
+        CRATEMAE(decoder="none", **SIZES)
     with pytest.raises(ValueError, match="no use for registers"):
         CRATEMAE(reg_tokens=2, **SIZES)
 
@@ -165,3 +171,57 @@ def test_gradient_checkpointing_recomputes_the_decoder_too(model, images):
 def test_registered_with_a_head_on_request():
     assert create_model("crate_mae_digits", img_size=8).num_classes == 0
     assert create_model("crate_mae_digits", num_classes=3)(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
+
+
+# --- the ordinary masked autoencoder --------------------------------------------------------------------
+
+
+def vit_block(layer, dim, num_heads):
+    """timm's block with the weights of one of ours."""
+    attention, mlp = layer["compress"], layer["sparsify"]
+    block = Block(dim, num_heads, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-5))
+    for ours, theirs in (
+        (attention.norm, block.norm1),
+        (attention.qkv, block.attn.qkv),
+        (attention.output, block.attn.proj),
+        (mlp.norm, block.norm2),
+        (mlp.fc1, block.mlp.fc1),
+        (mlp.fc2, block.mlp.fc2),
+    ):
+        theirs.load_state_dict(ours.state_dict())
+    return block.eval()
+
+
+def test_the_ordinary_one_is_a_vit_on_both_sides():
+    """Patches left out, blocks, mask tokens put in with positions of the decoder, blocks: written out."""
+    model = create_model("vit_mae_digits").eval()
+    assert {type(m) for layer in (*model.layers, *model.decoder_layers) for m in layer.values()} == {
+        MHSA,
+        MLP,
+    }
+    images, mask = torch.rand(3, 1, 8, 8), model.random_mask(3)
+    tokens = model.embed.stem.proj(images).flatten(2).mT + model.embed.pos_embed[:, 1:]
+    expected = []
+    with torch.no_grad():
+        for picture, hidden in zip(tokens, mask, strict=True):
+            z = torch.cat([model.embed.class_token[0] + model.embed.pos_embed[:, 0], picture[~hidden]])[None]
+            for layer in model.layers:
+                z = vit_block(layer, 64, 4)(z)
+            z = model.decoder_embed(model.norm(z))
+            whole = model.mask_token.repeat(1, 17, 1)
+            whole[:, 0], whole[0, 1:][~hidden] = z[:, 0], z[0, 1:]
+            z = whole + model.decoder_pos_embed
+            for layer in model.decoder_layers:
+                z = vit_block(layer, 64, 4)(z)
+            expected.append(model.decoder_head(model.decoder_norm(z))[:, 1:])
+        torch.testing.assert_close(model.reconstruct(images, mask), torch.cat(expected))
+
+
+def test_the_ordinary_one_has_the_sizes_of_the_model_it_stands_beside():
+    for size in ("digits", "micro_patch4_32", "tiny_patch16_224"):
+        with torch.device("meta"):
+            ours, ordinary = create_model(f"crate_mae_{size}"), create_model(f"vit_mae_{size}")
+        for name in ("embed_dim", "num_features", "global_pool"):
+            assert getattr(ours, name) == getattr(ordinary, name)
+        assert ours.embed.grid_size == ordinary.embed.grid_size
+        assert len(ours.layers) == len(ordinary.layers) == len(ordinary.decoder_layers)

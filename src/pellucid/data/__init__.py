@@ -6,7 +6,7 @@ Knows nothing of models. The images pass one door (``images``), the randomness i
 
 from pellucid.data.builtin import NAMES as BUILTIN_NAMES
 from pellucid.data.checks import CheckReport, check
-from pellucid.data.crops import Colour, Crops, Masking, MultiView
+from pellucid.data.crops import Colour, Crops, MaskedView, Masking, MultiView
 from pellucid.data.dataset import ArrayImages, FileImages, ImageData, ImageSet, Reject
 from pellucid.data.images import ImageRejected, read_image, show_name, to_channels
 from pellucid.data.load import load_data
@@ -27,6 +27,7 @@ __all__ = [
     "ImageRejected",
     "ImageSet",
     "Magnitudes",
+    "MaskedView",
     "Masking",
     "MultiView",
     "Packed",

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from pellucid.data.randomness import draws
-from pellucid.data.views import Pictures, Uniform, View, sample
+from pellucid.data.views import DRAWS_PER_ITEM, Pictures, Uniform, View, sample
 from pellucid.errors import ConfigError
 
 _GEOMETRY, _COLOUR = 6, 9
@@ -72,6 +72,40 @@ class Masking:
     chance: float = 0.5
     blobs: bool = True
 
+    @property
+    def draws(self) -> int:
+        """How many uniform numbers a mask takes."""
+        return 2 + math.prod(self.grid)
+
+    def mask(self, uniform: Uniform) -> torch.Tensor:
+        """bool (..., patches), true where hidden, from uniform numbers (..., draws)."""
+        noise = torch.from_numpy(uniform[..., 2:].astype(np.float32))
+        masked, share = uniform[..., 0] < self.chance, uniform[..., 1]
+        share = np.interp(share, (0, 1), self.share) * masked
+        count = torch.from_numpy(np.rint(share * noise.shape[-1]).astype(np.int64))
+        if self.blobs:
+            noise = _mean_of_neighbours(noise.unflatten(-1, self.grid)).flatten(-2)
+        ranks = noise.argsort(dim=-1, stable=True).argsort(-1)
+        return ranks < count[..., None]
+
+
+@dataclass(frozen=True)
+class MaskedView:
+    """Each picture once, as ``view`` shows it, with patches to hide: :class:`Crops` of one large view."""
+
+    view: View
+    masking: Masking
+
+    @property
+    def img_size(self) -> tuple[int, int]:
+        return self.view.img_size
+
+    def batch(self, images: Pictures, index: npt.ArrayLike, epoch: int | npt.ArrayLike = 0) -> Crops:
+        """b pictures, uint8 (c, h, w) each; ``index`` (b,) says which items they are."""
+        large = self.view.batch(images, index, epoch)[:, None]
+        uniform = draws(self.view.seed, epoch, index, DRAWS_PER_ITEM + self.masking.draws)
+        return Crops(large, large[:, :0], self.masking.mask(uniform[:, None, DRAWS_PER_ITEM:]))
+
 
 @dataclass(frozen=True)
 class MultiView:
@@ -120,15 +154,16 @@ class MultiView:
         """Views of b pictures, uint8 (c, h, w) each; ``index`` (b,) says which items they are."""
         items = np.asarray(index)
         crops = self.large + self.small
-        patches = math.prod(self.masking.grid) if self.masking else 0
-        uniform = draws(self.view.seed, epoch, items, crops * _PER_CROP + self.large * (2 + patches))
+        per_mask = self.masking.draws if self.masking else 0
+        uniform = draws(self.view.seed, epoch, items, crops * _PER_CROP + self.large * per_mask)
         views = [self._crop(images, uniform[:, i * _PER_CROP :], i) for i in range(crops)]
         channels, (height, width) = self.view.in_chans, self.small_size
         none = torch.empty(len(items), 0, channels, height, width)
+        masks = uniform[:, crops * _PER_CROP :].reshape(len(items), self.large, per_mask)
         return Crops(
             torch.stack(views[: self.large], 1),
             torch.stack(views[self.large :], 1) if self.small else none,
-            self._mask(uniform[:, crops * _PER_CROP :].reshape(len(items), self.large, 2 + patches)),
+            self.masking.mask(masks) if self.masking else torch.from_numpy(masks.astype(bool)),
         )
 
     def _crop(self, images: Pictures, uniform: Uniform, number: int) -> torch.Tensor:
@@ -145,19 +180,6 @@ class MultiView:
             pixels = _turned_crop(images, geometry, view)
         kind = 2 if not large else 1 if number else 0
         return view.normalised(recoloured(pixels, colour, self.colour, kind))
-
-    def _mask(self, uniform: Uniform) -> torch.Tensor:
-        """bool (b, g, patches) from uniform numbers (b, g, 2 + patches)."""
-        noise = torch.from_numpy(uniform[..., 2:].astype(np.float32))
-        if self.masking is None:
-            return noise.bool()
-        masked, share = uniform[..., 0] < self.masking.chance, uniform[..., 1]
-        share = np.interp(share, (0, 1), self.masking.share) * masked
-        count = torch.from_numpy(np.rint(share * noise.shape[-1]).astype(np.int64))
-        if self.masking.blobs:
-            noise = _mean_of_neighbours(noise.unflatten(-1, self.masking.grid)).flatten(-2)
-        ranks = noise.argsort(-1).argsort(-1)
-        return ranks < count[..., None]
 
 
 def _turned_crop(images: Pictures, u: Uniform, view: View) -> torch.Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pellucid.data.crops import Crops, MultiView
+from pellucid.data.crops import Crops, MaskedView, MultiView
 from pellucid.data.dataset import ImageSet
 from pellucid.data.randomness import order
 from pellucid.data.views import View
@@ -94,7 +94,7 @@ def _refuse_uneven(batch_size: int, accumulate: int, world: int) -> None:
 class ViewedSet(Dataset[Batch]):
     """Pictures as the model sees them, fetched a batch at a time by (index, epoch)."""
 
-    def __init__(self, images: ImageSet, view: View | MultiView) -> None:
+    def __init__(self, images: ImageSet, view: View | MultiView | MaskedView) -> None:
         self.images = images
         self.view = view
 
@@ -113,7 +113,7 @@ class ViewedSet(Dataset[Batch]):
 
 def train_loader(
     images: ImageSet,
-    view: View | MultiView,
+    view: View | MultiView | MaskedView,
     sampler: StepSampler,
     workers: int = 0,
     timeout: float = 60.0,

@@ -28,7 +28,8 @@ Augment = Literal["none", "small", "photo"]
 Pictures = Sequence[torch.Tensor] | torch.Tensor
 Uniform = npt.NDArray[np.float64]
 
-_DRAWS_PER_ITEM = 5
+DRAWS_PER_ITEM = 5
+"""Uniform numbers that a view takes for each picture: the first ones."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class View:
         """
         if self.augment == "none":
             return self.normalised(self.fitted(images))
-        uniform = draws(self.seed, epoch, np.asarray(index), _DRAWS_PER_ITEM)
+        uniform = draws(self.seed, epoch, np.asarray(index), DRAWS_PER_ITEM)
         if self.augment == "photo":
             return self.normalised(self.cropped(images, uniform))
         return self.normalised(self._moved(self.fitted(images), uniform))

@@ -45,7 +45,6 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from pellucid.errors import ConfigError, NumericsError, suggest
 from pellucid.measure.published_arithmetic import has_published_form, published_twin
 from pellucid.models import create_model
-from pellucid.models.backbone import ARCHITECTURES
 from pellucid.models.mae import CRATEMAE
 from pellucid.models.mae import PUBLISHED as MAE_PUBLISHED
 
@@ -429,7 +428,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def _contestant(name: str) -> Any:
-    options = MAE_PUBLISHED if ARCHITECTURES.get(name) is CRATEMAE else {}
+    options = MAE_PUBLISHED if name.startswith("crate_mae_") else {}
     model = create_model(name, **options)
     if not has_published_form(model):
         raise ConfigError(f"{name} has no published arithmetic - bench takes CRATE, CRATE-alpha, -MAE, ToST")

@@ -1,7 +1,8 @@
 """CRATE-MAE: an encoder that compresses and sparsifies, a decoder that runs it backwards (Pai et al. 2023).
 
 The decoder's layer undoes the encoder's in reverse order: ``z <- LayerNorm(z) D^T`` speaks the code in a
-dictionary, ``z <- z - MSSA(z)`` moves away from the subspaces. Trained to fill in masked patches.
+dictionary, ``z <- z - MSSA(z)`` moves away from the subspaces. Trained to fill in masked patches. Beside it
+stands the ordinary masked autoencoder (He et al. 2021): the same with black boxes on both sides.
 
 **Departs**, when ``encode="all"``: the published program sends mask tokens through the encoder, at four times
 the cost of the visible patches alone. New models are better off with ``encode="visible"``.
@@ -10,7 +11,7 @@ the cost of the visible patches alone. New models are better off with ``encode="
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,21 +19,39 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from pellucid.models.backbone import cfg_of, register
-from pellucid.models.crate import CRATE, CRATE_SIZES, DIGITS, MICRO, SMALL_PICTURES
+from pellucid.models.crate import ABLATION, CRATE, CRATE_SIZES, DIGITS, MICRO, SMALL_PICTURES
 from pellucid.models.embed import patchify
 from pellucid.objectives import masked_error
-from pellucid.steps import Decompression, OnStep, Synthesis, unroll
+from pellucid.steps import MHSA, MLP, Decompression, OnStep, Synthesis, unroll
+
+Decoder = Literal["reverse", "mhsa_mlp"]
 
 
-def build_decoder_layer(dim: int, num_heads: int) -> nn.ModuleDict:
-    """One layer of the decoder: speak the code, then decompress."""
+def build_decoder_layer(dim: int, num_heads: int, kind: Decoder = "reverse") -> nn.ModuleDict:
+    """One layer of the decoder: speak the code, then decompress; or attention and MLP as in any ViT."""
     norm = partial(nn.LayerNorm, dim)
+    if kind == "mhsa_mlp":
+        return nn.ModuleDict(
+            {"compress": MHSA(dim, num_heads, norm=norm()), "sparsify": MLP(dim, norm=norm())}
+        )
     return nn.ModuleDict(
         {
             "synthesise": Synthesis(dim, enter=norm()),
             "decompress": Decompression(dim, num_heads, norm=norm()),
         }
     )
+
+
+def num_hidden(patches: int, ratio: float) -> int:
+    """How many of an image's patches a mask hides: ``int(patches * (1 - ratio))`` stay, as published.
+
+    Raises:
+        ValueError: a ratio that hides nothing or everything.
+    """
+    kept = int(patches * (1 - ratio))
+    if not 0 < kept < patches:
+        raise ValueError(f"a mask ratio of {ratio} leaves {kept} of {patches} patches to see")
+    return patches - kept
 
 
 class CRATEMAE(CRATE):
@@ -44,6 +63,7 @@ class CRATEMAE(CRATE):
     Args:
         encode: ``"visible"`` leaves masked patches out of the encoder; ``"all"`` sends mask tokens through
             it, as published.
+        decoder: ``"reverse"`` runs the encoder's steps backwards, ``"mhsa_mlp"`` is made of black boxes.
         decoder_depth: layers of the decoder; the encoder's unless given.
         decoder_num_heads: subspaces of its layers; the encoder's unless given.
         norm_pix_loss: compare patches scaled to mean 0 and variance 1.
@@ -54,6 +74,7 @@ class CRATEMAE(CRATE):
     def __init__(
         self,
         encode: Literal["visible", "all"] = "visible",
+        decoder: Decoder = "reverse",
         decoder_depth: int | None = None,
         decoder_num_heads: int | None = None,
         norm_pix_loss: bool = False,
@@ -63,6 +84,8 @@ class CRATEMAE(CRATE):
         super().__init__(**crate)
         if encode not in ("visible", "all"):
             raise ValueError(f"encode is {encode!r}; known: 'visible', 'all'")
+        if decoder not in get_args(Decoder):
+            raise ValueError(f"decoder is {decoder!r}; known: {', '.join(map(repr, get_args(Decoder)))}")
         if self.embed.reg_tokens is not None:
             raise ValueError("CRATE-MAE has no use for registers - leave out reg_tokens")
         dim = self.embed_dim
@@ -80,7 +103,9 @@ class CRATEMAE(CRATE):
             self.decoder_embed = nn.Linear(dim, dim)
             self.decoder_pos_embed = nn.Parameter(torch.empty_like(self.embed.pos_embed))
             nn.init.trunc_normal_(self.decoder_pos_embed, std=0.02)
-        self.decoder_layers = nn.ModuleList(build_decoder_layer(dim, num_heads) for _ in range(depth))
+        self.decoder_layers = nn.ModuleList(
+            build_decoder_layer(dim, num_heads, decoder) for _ in range(depth)
+        )
         self.decoder_norm = nn.LayerNorm(dim, eps=final_norm_eps)
         height, width = self.embed.patch_size
         self.decoder_head = nn.Linear(dim, height * width * self.in_chans)
@@ -99,9 +124,7 @@ class CRATEMAE(CRATE):
             ValueError: a ratio that hides nothing or everything.
         """
         patches = self.embed.grid_size[0] * self.embed.grid_size[1]
-        kept = int(patches * (1 - ratio))
-        if not 0 < kept < patches:
-            raise ValueError(f"a mask ratio of {ratio} leaves {kept} of {patches} patches to see")
+        kept = patches - num_hidden(patches, ratio)
         if noise is None:
             noise = torch.rand(batch, patches, device=self.mask_token.device)
         ranks = noise.argsort(-1).argsort(-1)
@@ -183,8 +206,20 @@ class CRATEMAE(CRATE):
 ENCODER: dict[str, Any] = {"compression": "untied", "stem": "conv"}
 """What new CRATE-MAE share with the published ones."""
 
-PUBLISHED: dict[str, Any] = {**ENCODER, "encode": "all", "sparsity": 0.5, "final_norm_eps": 1e-6}
+PUBLISHED: dict[str, Any] = {
+    **ENCODER,
+    "encode": "all",
+    "sparsity": 0.5,
+    "final_norm_eps": 1e-6,
+    "global_pool": "token",
+}
 """What the published CRATE-MAE departs by."""
+
+POOL: dict[str, Any] = {"global_pool": "avg"}
+"""Of new models: nothing asks the class token for what a picture shows, every patch must know its part."""
+
+VIT: dict[str, Any] = {**ABLATION["mhsa_mlp"], "decoder": "mhsa_mlp", "stem": "conv", **POOL}
+"""Black boxes on both sides."""
 
 
 def _variants() -> dict[str, tuple[str, dict[str, Any]]]:
@@ -194,10 +229,14 @@ def _variants() -> dict[str, tuple[str, dict[str, Any]]]:
         meaning = (
             f"CRATE-MAE with the encoder of CRATE-{size[0].upper()}; encode='all', sparsity=0.5 published."
         )
-        found[f"crate_mae_{size}_patch16_224"] = (meaning, {**sizes, **ENCODER})
+        found[f"crate_mae_{size}_patch16_224"] = (meaning, {**sizes, **ENCODER, **POOL})
     small = "CRATE-MAE for small pictures."
-    found["crate_mae_micro_patch4_32"] = (small, {**MICRO, **SMALL_PICTURES})
-    found["crate_mae_digits"] = (small, {**DIGITS, **SMALL_PICTURES})
+    found["crate_mae_micro_patch4_32"] = (small, {**MICRO, **SMALL_PICTURES, **POOL})
+    found["crate_mae_digits"] = (small, {**DIGITS, **SMALL_PICTURES, **POOL})
+    ordinary = "The ordinary masked autoencoder, to stand beside CRATE-MAE of the same width and depth."
+    found["vit_mae_tiny_patch16_224"] = (ordinary, {**CRATE_SIZES["tiny"], **VIT})
+    found["vit_mae_micro_patch4_32"] = (ordinary, {**MICRO, **VIT, "num_heads": 6})
+    found["vit_mae_digits"] = (ordinary, {**DIGITS, **VIT, "num_heads": 4})
     return found
 
 

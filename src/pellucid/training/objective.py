@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from pellucid.data import Masking
 from pellucid.errors import ConfigError, suggest
@@ -27,12 +28,14 @@ class Objective(nn.Module):
     Attributes:
         model: what the run hands over in the end.
         heads: trained beside the model and not handed over; empty unless an objective needs them.
-        many_views: a batch holds :class:`~pellucid.data.crops.Crops` in place of images.
+        many_views: a batch holds several views of each image, :class:`~pellucid.data.crops.Crops`.
+        family: of our models, the one to take where none is named.
         needs_labels: cannot learn from images without labels, and gives the model a classifier.
         settings: the numbers that define it, with all defaults of a run resolved.
     """
 
     many_views: ClassVar[bool] = False
+    family: ClassVar[str] = "crate"
     needs_labels: ClassVar[bool] = True
     settings: Mapping[str, Any] = MappingProxyType({})
 
@@ -72,7 +75,10 @@ class Objective(nn.Module):
 
     @property
     def masking(self) -> Masking | None:
-        """Which patches a batch should say to hide; none unless an objective hides some."""
+        """Which patches a batch should say to hide; none unless an objective hides some.
+
+        With one view of each image, a batch holds :class:`~pellucid.data.crops.Crops` where there are some.
+        """
         return None
 
     def after_step(self, step: int, total: int) -> None:
@@ -99,7 +105,7 @@ class Objective(nn.Module):
         count = 0
         try:
             for batch in test:
-                images, labels = (part.to(device) for part in batch[:2])
+                images, labels = tree_map(lambda part: part.to(device), tuple(batch[:2]))
                 parts = torch.func.functional_call(self, named, (images, labels))
                 for key, value in parts.items():
                     sums[key] = sums.get(key, 0.0) + value.item() * len(labels)

@@ -18,6 +18,7 @@ from torch import nn
 from pellucid.data import (
     Colour,
     ImageData,
+    MaskedView,
     MultiView,
     StepSampler,
     View,
@@ -42,6 +43,7 @@ from pellucid.training.checkpoint import (
 from pellucid.training.config import TrainConfig, read_config, refuse_changes
 from pellucid.training.learner import Learner
 from pellucid.training.loops import fit_lightning, fit_plain
+from pellucid.training.masked import MAE
 from pellucid.training.mcr2 import MCR2, SelfSupervisedMCR2
 from pellucid.training.objective import Objective
 from pellucid.training.recipe import MuonAdamW
@@ -56,6 +58,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "simdinov2": SimDINOv2,
     "dino": DINO,
     "mcr2-views": SelfSupervisedMCR2,
+    "mae": MAE,
 }
 
 REFERENCE = 5_000
@@ -163,7 +166,7 @@ class _Setting:
     model: nn.Module
     learner: Learner
     view: View
-    views: MultiView | None
+    views: MultiView | MaskedView | None
 
     @property
     def steps_per_epoch(self) -> float:
@@ -224,8 +227,7 @@ def _set_up(config: TrainConfig, images: ImageData) -> _Setting:
         flip=bool(config.flip),
         seed=config.seed,
     )
-    views = _views(config, view, objective) if kind.many_views else None
-    setting = _Setting(config, images, model, learner, view, views)
+    setting = _Setting(config, images, model, learner, view, _views(config, view, objective))
     setting.batches(0, max(1, config.devices) * config.nodes if isinstance(config.devices, int) else 1)
     return setting
 
@@ -259,7 +261,9 @@ def _crop_choices(config: TrainConfig, model: Any) -> dict[str, Any]:
     return {"small_crops": count, "small_size": size}
 
 
-def _views(config: TrainConfig, view: View, objective: Objective) -> MultiView:
+def _views(config: TrainConfig, view: View, objective: Objective) -> MultiView | MaskedView | None:
+    if not objective.many_views:
+        return MaskedView(view, objective.masking) if objective.masking else None
     assert config.small_crops is not None
     assert config.small_size is not None
     return MultiView(
@@ -351,7 +355,9 @@ SMALL_STEP = 4e9
 def _threads(setting: _Setting) -> AbstractContextManager[None]:
     """The run's number of CPU threads. The numbers of a run depend on it in their last bits."""
     height, width = setting.view.img_size
-    tokens = height * width / _patch_area(setting.model) * (setting.views.large if setting.views else 1)
+    tokens = height * width / _patch_area(setting.model)
+    if isinstance(setting.views, MultiView):
+        tokens *= setting.views.large
     parameters = sum(p.numel() for p in setting.model.parameters())
     small = 6 * parameters * tokens * setting.config.batch_size < SMALL_STEP
     return _cpu_threads(setting.config.threads or (1 if small else torch.get_num_threads()))
@@ -377,7 +383,7 @@ def _resolved(config: TrainConfig, images: ImageData) -> TrainConfig:
     """The options with every choice that was left to the data made."""
     model, model_args = config.model, dict(config.model_args)
     if not model:
-        model, sizes = _choose_model(images)
+        model, sizes = _choose_model(images, OBJECTIVES[config.objective].family)
         model_args = {**sizes, **model_args}
     for key, found in (("num_classes", len(images.class_names)), ("in_chans", images.in_chans)):
         if model_args.pop(key, found) != found:
@@ -389,13 +395,13 @@ def _resolved(config: TrainConfig, images: ImageData) -> TrainConfig:
     return replace(config, model=model, model_args=model_args, augment=augment, flip=flip, out=out)
 
 
-def _choose_model(images: ImageData) -> tuple[str, dict[str, Any]]:
-    """A model for pictures of this size, with the size it takes."""
+def _choose_model(images: ImageData, family: str) -> tuple[str, dict[str, Any]]:
+    """A model of this family for pictures of this size, with the size it takes."""
     if images.img_size is None:
-        return "crate_tiny_patch16_224", {}
-    name, patch = ("crate_digits", 2) if max(images.img_size) <= 12 else ("crate_micro_patch4_32", 4)
+        return f"{family}_tiny_patch16_224", {}
+    kind, patch = ("digits", 2) if max(images.img_size) <= 12 else ("micro_patch4_32", 4)
     height, width = (math.ceil(side / patch) * patch for side in images.img_size)
-    return name, {"img_size": height if height == width else (height, width)}
+    return f"{family}_{kind}", {"img_size": height if height == width else (height, width)}
 
 
 def image_size(model: Any) -> tuple[int, int]:
