@@ -185,8 +185,9 @@ def train(
     Parameters
     ----------
     data
-        A folder with one sub-folder for each class, a folder with train/ and val/ inside, a .npz with x and
-        y, or a known name: digits, cifar10, ...
+        A folder with one sub-folder for each class (without labels: any folder of images), a folder with
+        train/ and val/ inside, a .npz with x and y, what pack wrote, WebDataset .tar files, hf:OWNER/NAME, or
+        a known name: digits, cifar10, ...
     model_arg
         Another option of the architecture, as NAME=VALUE; may be given several times.
     config

@@ -349,7 +349,7 @@ def test_what_cannot_be():
     for text, options in [
         ("no augmentation is called 'smal' - did you mean 'small'", {"augment": "smal"}),
         ("2 means and 1 standard deviations for 1 channels", {"mean": (0.0, 0.0)}),
-        ("in_chans is 4", {"in_chans": 4}),
+        ("in_chans is 0", {"in_chans": 0}),
         ("must be positive", {"std": (0.0,)}),
         ("must be positive", {"img_size": (0, 8)}),
     ]:

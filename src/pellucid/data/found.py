@@ -62,8 +62,14 @@ class Looks:
 
     def taken(self, rows: npt.NDArray[np.int64]) -> Looks:
         """Of these pictures, in this order."""
-        reasons = {k: self.reasons[int(i)] for k, i in enumerate(rows) if int(i) in self.reasons}
+        reasons = taken_reasons(self.reasons, rows)
         return Looks(self.kind[rows], self.channels[rows], self.height[rows], self.width[rows], reasons)
+
+
+def taken_reasons(reasons: dict[int, str], rows: npt.NDArray[np.int64]) -> dict[int, str]:
+    """The reasons for those pictures among ``rows`` that are rejected, by their place there."""
+    bad = np.flatnonzero(np.isin(rows, list(reasons)))
+    return {int(k): reasons[int(rows[k])] for k in bad}
 
 
 @dataclass

@@ -250,7 +250,7 @@ def _pictures(table: Any, column: str, labels: npt.NDArray[np.int64], title: str
 
 
 def _fingerprint(class_names: list[str], sets: list[HubImages]) -> str:
-    digest = hashlib.sha256("\0".join(class_names).encode())
+    digest = hashlib.sha256("\0".join(class_names).encode("utf-8", "surrogatepass"))
     for images in sets:
         digest.update(b"%d\0" % len(images))
         digest.update(images.labels.numpy().tobytes())

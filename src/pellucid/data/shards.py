@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import weakref
 import zipfile
 import zlib
@@ -33,7 +34,7 @@ import torch
 
 from pellucid.data.dataset import EncodedImages, Reject
 from pellucid.data.folders import TEST_NAMES, holds_pictures_below
-from pellucid.data.found import Asked, Found, Looks, settle
+from pellucid.data.found import Asked, Found, Looks, settle, taken_reasons
 from pellucid.data.images import KINDS, Header, ImageRejected, show_name, too_large
 from pellucid.data.tars import read_archive
 from pellucid.data.verify import DECODE_LIMIT, header_of, watched
@@ -170,7 +171,7 @@ class ShardImages(EncodedImages):
             self.files,
             {key: column[indices] for key, column in self.columns.items()},
             self._names,
-            reasons={k: self.reasons[int(i)] for k, i in enumerate(indices) if int(i) in self.reasons},
+            reasons=taken_reasons(self.reasons, indices),
             max_pixels=self.max_pixels,
         )
         part.labels = self.labels[indices]
@@ -393,7 +394,7 @@ def _settle(
 
 
 def _found(name: str, where: str, whole: ShardImages, index: Index) -> Found:
-    digest = hashlib.sha256("\0".join(index.info["class_names"]).encode("utf-8", "surrogateescape"))
+    digest = hashlib.sha256("\0".join(index.info["class_names"]).encode("utf-8", "surrogatepass"))
     for key in sorted(index.columns):
         digest.update(np.ascontiguousarray(index.columns[key]).data)
     digest.update(np.ascontiguousarray(index.names).data)
@@ -420,11 +421,12 @@ def _kept_index(tars: list[str], folder: str, max_pixels: int) -> Index:
         if os.path.isdir(place):
             os.replace(os.path.join(scratch, INDEX), os.path.join(place, INDEX))
             os.replace(os.path.join(scratch, INFO), os.path.join(place, INFO))
-            os.rmdir(scratch)
         else:
             os.rename(scratch, place)
     except OSError as error:
         _log.warning("the index is not kept, and made again next time: %s", error)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return index
 
 
