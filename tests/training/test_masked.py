@@ -9,7 +9,7 @@ from pellucid.errors import ConfigError
 from pellucid.measure.reconstruction import reconstructions
 from pellucid.models import CRATEMAE, create_model, load
 from pellucid.objectives import masked_error
-from pellucid.training import open_run
+from pellucid.training import TrainConfig, open_run
 from pellucid.training.learner import Learner
 from pellucid.training.loops import fit_lightning, fit_plain
 from pellucid.training.masked import MAE
@@ -62,6 +62,15 @@ def test_every_image_hides_the_stated_share(digits, ratio, hidden):
     crops = first_batch(digits.images, objective_of(ratio=ratio))[0]
     assert crops.mask.sum(-1).flatten().tolist() == [hidden] * 16
     assert CRATEMAE.random_mask(objective_of().model, 1, ratio).sum() == hidden
+
+
+@pytest.mark.parametrize(("side", "ratio"), [(4, 0.5), (8, 0.5), (10, 17 / 25), (12, 0.75), (28, 0.75)])
+def test_a_run_hides_three_quarters_and_leaves_eight_patches_where_it_can(side, ratio):
+    config = TrainConfig(data="digits")
+    found = MAE.build(create_model("crate_mae_digits", num_classes=0, img_size=side), config, 10)
+    assert found.settings == {"mask_ratio": pytest.approx(ratio)}
+    config = TrainConfig(data="digits", objective_args={"mask_ratio": 0.6})
+    assert MAE.build(found.model, config, 10).mask_ratio == 0.6
 
 
 def gradients_of_first_step(images, accumulate, driver):
@@ -157,7 +166,7 @@ def test_a_run_learns_and_leaves_a_model_that_reconstructs(digits, tmp_path):
     out = digits.train(tmp_path / "run", **{**RUN, "model": "", "model_args": {}}, epochs=4)
     run = open_run(out)
     assert run.config.model == "crate_mae_digits"
-    assert run.config.objective_args == {"mask_ratio": 0.75}
+    assert run.config.objective_args == {"mask_ratio": 0.5}
     assert run.accuracy is None
     assert run.model.num_classes == 0
     assert run.measures["loss"] < 0.7 * evaluated(digits.images, objective_of())["loss"]

@@ -16,6 +16,9 @@ from pellucid.training.config import TrainConfig
 from pellucid.training.objective import Batches, Objective
 from pellucid.training.representation import Representation, patch_grid
 
+LEAST_SHOWN = 8
+"""Patches that a run leaves to see, unless told otherwise."""
+
 
 class MAE(Representation):
     r"""Mean squared error of the hidden patches, as the model's ``masked_loss`` gives it for each image.
@@ -29,7 +32,8 @@ class MAE(Representation):
 
     Args:
         model: an encoder with a decoder: ``masked_loss(images, mask)``.
-        mask_ratio: share of the patches that is hidden; He et al. (2021) take 0.75.
+        mask_ratio: share of the patches that is hidden; He et al. (2021) take 0.75 of 196. A run does too,
+            unless fewer than 8 patches would be left to see: of 16 it hides half.
 
     Raises:
         ConfigError: a model without a decoder, or a share that hides nothing or everything.
@@ -57,7 +61,9 @@ class MAE(Representation):
 
     @classmethod
     def resolved(cls, model: nn.Module, config: TrainConfig, steps: int) -> dict[str, Any]:
-        return {"mask_ratio": 0.75, **config.objective_args}
+        rows, columns = patch_grid(model)
+        usual = max(0.5, min(0.75, 1 - LEAST_SHOWN / (rows * columns)))
+        return {"mask_ratio": usual, **config.objective_args}
 
     @property
     def masking(self) -> Masking:
