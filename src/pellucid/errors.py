@@ -32,10 +32,20 @@ class NumericsError(PellucidError):
     """A loss, gradient or tensor that is not finite. Raised before anything was changed by it."""
 
 
+class Collapsed(PellucidError):
+    """Features that tell images apart no more, in a run that was asked to stop there. All is saved."""
+
+
 class Stopped(PellucidError):
     """Stopped on purpose by a signal, with everything saved. Not a failure."""
 
     exit_code = 75
+
+
+class ProcessLost(PellucidError):
+    """One of several processes that trained together is gone, and the others had to stop."""
+
+    exit_code = 70
 
 
 def suggest(given: str, known: Iterable[str], listed: Iterable[str] | None = None) -> str:

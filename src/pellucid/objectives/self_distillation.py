@@ -100,15 +100,15 @@ def masked_alignment(
 ) -> Float[Tensor, ""]:
     """Mean cosine of what student and teacher see in hidden patches: SimDINOv2's second part.
 
-    Mean over the hidden patches of an image, then over the images that hide any; 0 where none does.
+    Mean over the hidden patches of an image, then over all images as published, where one that hides none
+    counts as 0: a mean over those that hide any would change with the split of the batch.
 
     Args:
         student: features of the hidden patches, in the order in which ``mask`` names them.
         teacher: the same, of the teacher, who sees the patches.
         mask: true where a patch is hidden from the student.
     """
-    hidden = mask.sum(-1, keepdim=True)
-    weights = (1 / hidden.clamp_min(1)).expand_as(mask)[mask] / (hidden > 0).sum().clamp_min(1)
+    weights = (1 / mask.sum(-1, keepdim=True).clamp_min(1)).expand_as(mask)[mask] / len(mask)
     cosine = (F.normalize(student, dim=-1) * F.normalize(teacher, dim=-1)).sum(-1)
     return (weights * cosine).sum()
 

@@ -60,7 +60,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], meta: d
     if bad:
         raise NumericsError(
             f"step {step} holds {len(bad)} non-finite tensors ({', '.join(bad[:3])}) - it was not saved; "
-            f"{_last_good(folder)}"
+            f"{last_good(folder)}"
         )
     final = folder / f"step-{step:08d}"
     if final.exists() and _damage(final) is None:
@@ -189,7 +189,7 @@ def saving(folder: Path, needed: int) -> Iterator[None]:
         remedy = "make room, then run again with --resume" if full else "check the folder, or take another"
         raise CheckpointError(
             f"{full or 'cannot write'}: needs {_megabytes(needed)}{free} on {folder} "
-            f"({error.strerror}) - {remedy}; {_last_good(folder)}"
+            f"({error.strerror}) - {remedy}; {last_good(folder)}"
         ) from error
 
 
@@ -250,7 +250,8 @@ def _steps(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
-def _last_good(folder: Path) -> str:
+def last_good(folder: Path) -> str:
+    """The newest checkpoint of a run that holds, in words."""
     kept = _steps(folder) or _steps(folder / "checkpoints")
     good = next((path.name for path in reversed(kept) if _damage(path) is None), None)
     return f"last good checkpoint: {good}" if good else "no earlier checkpoint"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from pellucid.data import Crops
 from pellucid.errors import ConfigError
 from pellucid.objectives import class_coding_rate, coding_rate
 from pellucid.training.objective import Objective
+from pellucid.training.ranks import gathered
 from pellucid.training.representation import Representation
 
 MEMORY = 0.95
@@ -33,7 +35,8 @@ class MCR2(Objective):
     that of the nearest of K subspaces of dimension d // K, leading eigenvectors of the :math:`S_k`: the
     classifier that the objective suggests.
 
-    Labels -1 say that the class is not known; such images take part in R only.
+    Labels -1 say that the class is not known; such images take part in R only. On several devices the rates
+    are those of the whole batch, whose features are gathered; micro-batches are coded one by one.
 
     Args:
         model: images to logits, with timm's ``forward_features``, ``forward_head`` and ``get_classifier``.
@@ -65,6 +68,8 @@ class MCR2(Objective):
 
     def forward(self, images: Float[Tensor, "b c h w"], labels: Int[Tensor, b]) -> dict[str, Tensor]:
         z = unit_features(self.model, images)
+        if self.training:  # evaluation is the first process's alone
+            z, labels = gathered(z), gathered(labels)
         expansion, compression = coding_rate(z, self.eps), class_coding_rate(z, labels, self.eps)
         known = labels >= 0
         z, labels = z.detach()[known], labels[known]
@@ -112,7 +117,7 @@ class SelfSupervisedMCR2(Representation):
     .. math:: R^c(Z \mid \Pi; \epsilon) - \gamma_2\, R(Z; \epsilon / \sqrt{\gamma_1})
 
     The published weights make the expansion gentler where it is steep, since classes of a few views are cheap
-    from the beginning.
+    from the beginning. On several devices the rates are those of the whole batch.
 
     Args:
         model: images to features.
@@ -122,6 +127,7 @@ class SelfSupervisedMCR2(Representation):
     """
 
     many_views: ClassVar[bool] = True
+    recipe: ClassVar[Mapping[str, Any]] = {"lr": 1e-3, "large_crops": 4}
 
     def __init__(
         self, model: nn.Module, *, eps: float = 0.5**0.5, gain: float = 20.0, weight: float = 0.05
@@ -132,9 +138,9 @@ class SelfSupervisedMCR2(Representation):
         self.eps, self.gain, self.weight = eps, gain, weight
 
     def forward(self, crops: Crops, labels: Int[Tensor, b] | None = None) -> dict[str, Tensor]:
-        views = crops.large
-        z = unit_features(self.model, views.flatten(0, 1))
-        owner = torch.arange(len(views), device=z.device).repeat_interleave(views.shape[1])
+        count = crops.large.shape[1]
+        z = gathered(unit_features(self.model, crops.large.flatten(0, 1)))
+        owner = torch.arange(len(z) // count, device=z.device).repeat_interleave(count)
         expansion = coding_rate(z, self.eps / self.gain**0.5)
         compression = class_coding_rate(z, owner, self.eps)
         return {

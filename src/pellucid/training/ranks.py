@@ -1,6 +1,8 @@
-"""What the processes of a run tell each other. Alone, each of these is the identity."""
+"""What the processes of a run know of each other and tell each other. Alone, each tensor stays as it is."""
 
 from __future__ import annotations
+
+import os
 
 import torch
 from torch import Tensor
@@ -10,6 +12,36 @@ from torch import distributed as dist
 def world() -> int:
     """Number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number among them, also before they have met.
+
+    Told by torchrun or SLURM where one of them started it, else by lightning, whose own launcher numbers the
+    processes of one machine only: until they have met, one that is not the first of all is 1 or more.
+    """
+    if world() > 1:
+        return dist.get_rank()
+    told = os.environ
+    launcher = _launcher()
+    if launcher is not None:
+        return int(told[launcher[0]])
+    return int(told.get("NODE_RANK", told.get("GROUP_RANK", 0))) + int(told.get("LOCAL_RANK", 0))
+
+
+def launched() -> int | None:
+    """How many processes torchrun or SLURM started; None where neither did."""
+    launcher = _launcher()
+    return None if launcher is None else int(os.environ[launcher[1]])
+
+
+def _launcher() -> tuple[str, str] | None:
+    """Where it says a process's number, and how many there are. As lightning recognises them."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return "RANK", "WORLD_SIZE"
+    if "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        return "SLURM_PROCID", "SLURM_NTASKS"
+    return None
 
 
 def gathered(part: Tensor, dim: int = 0) -> Tensor:
@@ -31,3 +63,13 @@ def averaged(value: Tensor) -> Tensor:
         dist.all_reduce(value)
         value /= world()
     return value
+
+
+def whole(value: Tensor) -> Tensor:
+    """All of a tensor whose rows lie with several processes, each of which has to ask."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def local(value: Tensor) -> Tensor:
+    """This process's rows of such a tensor, in its own storage."""
+    return value.to_local() if hasattr(value, "to_local") else value
