@@ -1083,10 +1083,9 @@ def _report(runs: list[Run], images: ImageData, path: Path, command: str) -> Pat
 
 
 def _data_of(run: Run) -> ImageData:
-    from pellucid.data import load_data
+    from pellucid.training import load_images
 
-    config = run.config
-    return load_data(config.data, root=config.data_root, max_bad=config.max_bad, download=config.download)
+    return load_images(run.config)
 
 
 def _evaluation_data(run: Path, data: str | None, source: Source) -> ImageData:

@@ -124,7 +124,7 @@ def train_loader(
 
 def eval_loader(
     images: ImageSet,
-    view: View,
+    view: View | MultiView,
     batch_size: int = 256,
     workers: int = 0,
     limit: int | None = None,

@@ -55,7 +55,7 @@ class TrainConfig:
         large_crops: views of an image that show most of it, without labels.
         small_crops: views that show a part of it; by the size of the pictures when left out.
         small_size: side of the small views in pixels; about half of the images' when left out.
-        crop_split: share of the area above which a view is large.
+        crop_split: share of the area above which a view is large; by the size of the pictures when left out.
         stop_on_collapse: end a run whose features collapse, with everything saved.
         precision: ``32``, or ``bf16`` for products in bfloat16.
         accumulate: micro-batches of one step.
@@ -95,7 +95,7 @@ class TrainConfig:
     large_crops: int = 2
     small_crops: int | None = None
     small_size: int | None = None
-    crop_split: float = 0.4
+    crop_split: float | None = None
     stop_on_collapse: bool = False
     precision: Precision = "32"
     accumulate: int = 1
@@ -124,7 +124,7 @@ class TrainConfig:
         for name in ("model_args", "objective_args"):
             given = getattr(self, name)
             setattr(self, name, {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()})
-        for key in ("epochs", "batch_size", "accumulate", "lr", "matrix_lr", "large_crops", "crop_split"):
+        for key in ("epochs", "batch_size", "accumulate", "lr", "matrix_lr", "large_crops"):
             if not getattr(self, key) > 0:
                 raise ConfigError(f"{key} is {getattr(self, key)}; it must be larger than 0")
         for key in (

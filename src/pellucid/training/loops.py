@@ -12,12 +12,17 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from pellucid.errors import ConfigError
 from pellucid.training.learner import Learner
+from pellucid.training.lifeline import Lifeline
+from pellucid.training.ranks import averaged
 
 Batch = tuple[Any, ...]
 AfterStep = Callable[[dict[str, Tensor]], None]
@@ -31,17 +36,19 @@ def fit_plain(
     batches: Iterable[Batch],
     after_step: AfterStep,
     *,
+    begin: Callable[[], None] = lambda: None,
     accumulate: int = 1,
     precision: str = "32",
     device: str | torch.device = "cpu",
 ) -> None:
     """Train on micro-batches in reading order, ``accumulate`` of them to a step.
 
-    ``after_step`` may raise to stop.
+    ``begin`` is called when the learner is in its place; ``after_step`` may raise to stop.
     """
     device = torch.device(device)
     learner.objective.to(device).train()
     learner.follow_model()
+    begin()
     # As in lightning: without the cache, the two uses of a tied matrix add their gradients in float32.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
     parts: list[dict[str, Tensor]] = []
@@ -61,11 +68,13 @@ def fit_lightning(
     make_batches: Callable[[int, int], Iterable[Batch]],
     after_step: AfterStep,
     *,
+    begin: Callable[[], None] = lambda: None,
     accumulate: int = 1,
     precision: str = "32",
     accelerator: str = "auto",
     devices: int | str = 1,
     nodes: int = 1,
+    remedy: Callable[[], str] = lambda: "start again",
 ) -> None:
     """Train under lightning, which brings devices, nodes, launchers and precision.
 
@@ -75,36 +84,91 @@ def fit_lightning(
 
     Args:
         make_batches: ``(rank, world) -> micro-batches`` of that rank.
+        begin: called when the learner is in its place.
+        remedy: what to tell the user when one of several processes is lost.
+
+    Raises:
+        ConfigError: devices that are not there, or other numbers than those that a launcher has started.
+        ProcessLost: another process is gone.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    with warnings.catch_warnings(), _plainly():
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    with warnings.catch_warnings(), Lifeline(remedy) as lifeline:
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-        trainer = lightning.Trainer(
-            accelerator=accelerator,
-            devices=devices,
-            num_nodes=nodes,
-            precision=PRECISIONS[precision],  # type: ignore[arg-type]
-            max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            num_sanity_val_steps=0,
-        )
-        trainer.fit(_Module(learner, make_batches, after_step, accumulate))
+        several = nodes > 1 or str(devices) != "1"
+        with _plainly(MisconfigurationException, ValueError, RuntimeError):
+            # Lightning's own way of going on after SLURM's time limit would save beside ours.
+            slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+            trainer = lightning.Trainer(
+                accelerator=accelerator,
+                devices=devices,
+                num_nodes=nodes,
+                strategy=Together(lifeline) if several else "auto",
+                plugins=slurm,  # type: ignore[arg-type]
+                precision=PRECISIONS[precision],  # type: ignore[arg-type]
+                max_epochs=1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                use_distributed_sampler=False,
+                num_sanity_val_steps=0,
+            )
+        with _plainly(MisconfigurationException):
+            trainer.fit(_Module(learner, make_batches, after_step, begin, accumulate))
 
 
 @contextmanager
-def _plainly() -> Iterator[None]:
+def _plainly(*refusals: type[Exception]) -> Iterator[None]:
     """What lightning refuses, such as a device that is not there, in our words."""
     try:
         yield
-    except MisconfigurationException as error:
+    except refusals as error:
         raise ConfigError(
             f"{' '.join(str(error).split())} - see --accelerator, --devices, --nodes"
         ) from error
+
+
+class Together(DDPStrategy):
+    """Processes that hold the same weights and add up their gradients, and notice when one is gone."""
+
+    def __init__(self, lifeline: Lifeline) -> None:
+        super().__init__()
+        self.lifeline = lifeline
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        self._launcher = _Launcher(
+            self.lifeline, self.cluster_environment, self.num_processes, self.num_nodes
+        )
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        assert self.cluster_environment is not None
+        self.lifeline.connect(self.cluster_environment.main_address)
+
+
+class _Launcher(_SubprocessScriptLauncher):
+    """Lightning's, whose watch over its children would end this process before it can say why.
+
+    It would also choose the number of CPU threads, which is chosen by then.
+    """
+
+    def __init__(self, lifeline: Lifeline, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.lifeline = lifeline
+
+    def launch(
+        self, function: Callable[..., Any], *arguments: Any, trainer: Any = None, **options: Any
+    ) -> Any:
+        environment = self.cluster_environment
+        with _plainly(ValueError):
+            environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if not environment.creates_processes_externally:
+            self._call_children_scripts()
+            self.lifeline.watch_children(self.procs)
+        return function(*arguments, **options)
 
 
 class _Module(lightning.LightningModule):
@@ -115,13 +179,14 @@ class _Module(lightning.LightningModule):
         learner: Learner,
         make_batches: Callable[[int, int], Iterable[Batch]],
         after_step: AfterStep,
+        begin: Callable[[], None],
         accumulate: int,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.objective = learner.objective
         self.learner, self.make_batches = learner, make_batches
-        self.after_step, self.accumulate = after_step, accumulate
+        self.after_step, self.begin, self.accumulate = after_step, begin, accumulate
         self.parts: list[dict[str, Tensor]] = []
         self.on_sigterm = signal.getsignal(signal.SIGTERM)
 
@@ -139,9 +204,12 @@ class _Module(lightning.LightningModule):
         # Lightning's own handler, set by now, would end the run between two micro-batches with nothing saved.
         if self.on_sigterm is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self.on_sigterm)
+        self.begin()
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        self.parts.append(self.learner.losses(batch, micro=len(self.parts)))
+        # The number of this part of the batch: the same randomness however parts are dealt.
+        micro = len(self.parts) * self.trainer.world_size + self.global_rank
+        self.parts.append(self.learner.losses(batch, micro))
         with torch.autocast(self.device.type, enabled=False):  # lightning's holds for the forward pass only
             self.manual_backward(self.parts[-1]["loss"] / self.accumulate)
             if len(self.parts) == self.accumulate:
@@ -160,4 +228,6 @@ class _Module(lightning.LightningModule):
 
 
 def _mean(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {key: torch.stack([part[key].detach() for part in parts]).mean() for key in parts[0]}
+    """Over micro-batches and processes."""
+    means = [torch.stack([part[key].detach().float() for part in parts]).mean() for key in parts[0]]
+    return dict(zip(parts[0], averaged(torch.stack(means)), strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from pellucid.data import Crops, Masking, draws
 from pellucid.errors import ConfigError
 from pellucid.models.mae import num_hidden
 from pellucid.training.config import TrainConfig
-from pellucid.training.objective import Batches, Objective
+from pellucid.training.objective import Batches, Held, Objective
 from pellucid.training.representation import Representation, patch_grid
 
 LEAST_SHOWN = 8
@@ -74,10 +75,10 @@ class MAE(Representation):
         return {"loss": model.masked_loss(crops.large[:, 0], crops.mask[:, 0]).mean()}
 
     @torch.no_grad()
-    def evaluate(self, weights: Mapping[str, Tensor], train: Batches, test: Batches) -> dict[str, float]:
-        """The loss on ``test`` behind masks that depend on the item alone, and the features' measures."""
-        error = Objective.evaluate(self, weights, train, self._masked(test))
-        return {**error, **super().evaluate(weights, train, test)}
+    def evaluate(self, weights: Mapping[str, Tensor], held: Held) -> dict[str, float]:
+        """The loss on ``held.test`` behind masks that depend on the item alone, and the measures of features."""
+        error = Objective.evaluate(self, weights, Held(self._masked(held.test)))
+        return {**error, **super().evaluate(weights, replace(held, views=()))}
 
     def _masked(self, batches: Batches) -> Iterator[tuple[Any, ...]]:
         for images, labels, index in batches:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
@@ -15,9 +16,25 @@ from torch.utils._pytree import tree_map
 from pellucid.data import Masking
 from pellucid.errors import ConfigError, suggest
 from pellucid.training.config import TrainConfig
+from pellucid.training.health import Verdict
 
 Batches = Iterable[tuple[Any, ...]]
 """Of ``(images, labels, index)``."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Images to measure on.
+
+    Attributes:
+        test: held back, without augmentation.
+        train: of the training images, without augmentation, for measures that compare.
+        views: held back, as in training, for objectives whose batches are several views.
+    """
+
+    test: Batches
+    train: Batches = ()
+    views: Batches = ()
 
 
 class Objective(nn.Module):
@@ -31,12 +48,14 @@ class Objective(nn.Module):
         many_views: a batch holds several views of each image, :class:`~pellucid.data.crops.Crops`.
         family: of our models, the one to take where none is named.
         needs_labels: cannot learn from images without labels, and gives the model a classifier.
+        recipe: options of a run that suit it better than their defaults, where they are left out.
         settings: the numbers that define it, with all defaults of a run resolved.
     """
 
     many_views: ClassVar[bool] = False
     family: ClassVar[str] = "crate"
     needs_labels: ClassVar[bool] = True
+    recipe: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     settings: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, model: nn.Module, heads: Mapping[str, nn.Module] | None = None) -> None:
@@ -73,6 +92,10 @@ class Objective(nn.Module):
         """Names of the numbers that define it."""
         return set(inspect.signature(cls.__init__).parameters) - {"self", "model"}
 
+    def verdict(self, history: Sequence[Mapping[str, float]]) -> Verdict | None:
+        """What to think of a run whose measures, oldest first, are these; None where accuracy says it."""
+        return None
+
     @property
     def masking(self) -> Masking | None:
         """Which patches a batch should say to hide; none unless an objective hides some.
@@ -89,14 +112,8 @@ class Objective(nn.Module):
         return self.model.state_dict()
 
     @torch.no_grad()
-    def evaluate(self, weights: Mapping[str, Tensor], train: Batches, test: Batches) -> dict[str, float]:
-        """Measures of ``weights``: the means of the parts over all items of ``test``.
-
-        Args:
-            weights: of ``model``; it may hold others now.
-            train: training images without augmentation, for objectives that measure by comparison.
-            test: images held back.
-        """
+    def evaluate(self, weights: Mapping[str, Tensor], held: Held) -> dict[str, float]:
+        """Measures of ``weights``, which the model need not hold: means of the parts over ``held.test``."""
         named = {f"model.{name}": value for name, value in weights.items()}
         device = next(self.parameters()).device
         training = self.training
@@ -104,7 +121,7 @@ class Objective(nn.Module):
         sums: dict[str, float] = {}
         count = 0
         try:
-            for batch in test:
+            for batch in held.test:
                 images, labels = tree_map(lambda part: part.to(device), tuple(batch[:2]))
                 parts = torch.func.functional_call(self, named, (images, labels))
                 for key, value in parts.items():

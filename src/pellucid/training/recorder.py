@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,10 +15,11 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from pellucid.errors import Stopped
+from pellucid.errors import Collapsed, Stopped
 from pellucid.training.checkpoint import save_checkpoint, saving, thread_fingerprint, write_file
+from pellucid.training.health import Verdict
 from pellucid.training.learner import Learner
-from pellucid.training.objective import Batches
+from pellucid.training.objective import Held
 
 SAVE_SECONDS = 600.0
 
@@ -45,17 +46,51 @@ class StopFlag:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
+class Throughput:
+    """Images per second since the last report, and how much of that time went by waiting for them.
+
+    Args:
+        waited: seconds that the loop has waited for data so far.
+        images: of a step.
+    """
+
+    def __init__(self, waited: Callable[[], float], images: int) -> None:
+        self.waited, self.images = waited, images
+        self.start()
+
+    def start(self) -> None:
+        """Count from now."""
+        self.steps, self.since, self.waited_before = 0, time.monotonic(), self.waited()
+
+    def step(self) -> None:
+        self.steps += 1
+
+    def told(self) -> str:
+        """As the end of a line; empty while there is nothing to tell."""
+        seconds = time.monotonic() - self.since
+        if not self.steps or not self.images:
+            return ""
+        share = (self.waited() - self.waited_before) / seconds
+        hint = " - more --workers may help" if share > 0.3 else ""
+        return (
+            f"; {self.steps * self.images / seconds:.0f} images/s, {share:.0%} of it waiting for data{hint}"
+        )
+
+
 class Recorder:
     """Follows a learner through its run folder; an instance is the loop's ``after_step``.
 
     Args:
         out: the run's folder.
         learner: whose step has just been taken.
-        evaluation: batches of training images to compare with, and batches to evaluate on.
+        held: what to evaluate on.
         steps_per_epoch: may be a fraction.
         eval_every, save_every: in steps.
         data: fingerprint of the data, kept in every checkpoint.
         stop: asked after every step.
+        stop_on_collapse: end when the objective's verdict is that its features have collapsed.
+        waited: seconds that the loop has waited for data so far.
+        images_per_step: of all ranks.
         writes: False on all ranks but one.
         progress: draw a bar; where there is no terminal, say a line at every evaluation.
         say: gets those lines.
@@ -65,21 +100,28 @@ class Recorder:
         self,
         out: Path,
         learner: Learner,
-        evaluation: Callable[[], tuple[Batches, Batches]],
+        held: Callable[[], Held],
         *,
         steps_per_epoch: float,
         eval_every: int,
         save_every: int,
         data: str,
         stop: StopFlag,
+        stop_on_collapse: bool = False,
+        waited: Callable[[], float] = lambda: 0.0,
+        images_per_step: int = 0,
         writes: bool = True,
         progress: bool = True,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.out, self.learner, self.evaluation = out, learner, evaluation
+        self.out, self.learner, self.held = out, learner, held
         self.steps_per_epoch, self.eval_every, self.save_every = steps_per_epoch, eval_every, save_every
         self.log_every = max(1, min(50, round(steps_per_epoch)))
         self.data, self.stop, self.writes = data, stop, writes
+        self.stop_on_collapse = stop_on_collapse
+        self.clock = Throughput(waited, images_per_step)
+        self.history: list[dict[str, float]] = []
+        self.health: Verdict | None = None
         self.say = say if progress and not sys.stderr.isatty() else lambda line: None
         self.latest: dict[str, float] = {}
         self.window: dict[str, float] = {}
@@ -94,8 +136,15 @@ class Recorder:
             mininterval=0.2,
         )
 
+    def begin(self) -> None:
+        """Before the first step: the measures of the untrained model, where a verdict needs them."""
+        if self.learner.step == 0 and self.learner.objective.many_views:
+            self.evaluate()
+        self.clock.start()
+
     def __call__(self, parts: dict[str, Tensor]) -> None:
         step = self.learner.step
+        self.clock.step()
         for key, value in parts.items():
             self.window[key] = self.window.get(key, 0.0) + value.item()
         self.window["steps"] = self.window.get("steps", 0) + 1
@@ -106,9 +155,16 @@ class Recorder:
         if step % self.eval_every == 0 or last:
             self.evaluate()
         late = time.monotonic() - self.saved_at > SAVE_SECONDS
-        stopping = self.learner.any_rank(bool(self.stop.name))  # all ranks stop after the same step
+        collapsed = self.stop_on_collapse and self._collapsed()
+        # All ranks stop after the same step.
+        stopping = self.learner.any_rank(bool(self.stop.name) or collapsed)
         if step % self.save_every == 0 or last or late or stopping:
             self.save()
+        if collapsed and self.health is not None:
+            raise Collapsed(
+                f"{self.health.text} - stopped after step {step}, which is saved in {self.out}\n"
+                f"take a lower --lr and --matrix-lr or a larger batch, or --objective simdino with its gamma"
+            )
         if stopping and not last:
             raise Stopped(
                 f"stopped by {self.stop.name or 'a signal'}: saved step {step} of "
@@ -119,12 +175,19 @@ class Recorder:
         """The objective on the evaluation batches, with the weights that the run would hand over now."""
         if not self.writes:
             return
-        parts = self.learner.objective.evaluate(self.learner.final_weights(), *self.evaluation())
+        parts = self.learner.objective.evaluate(self.learner.final_weights(), self.held())
+        of_training = {k: v for k, v in self.latest.items() if not k.startswith("test ")}
         self.latest |= {f"test {key}": value for key, value in parts.items()}
+        self.history.append({**of_training, **parts})
+        self.health = self.learner.objective.verdict(self.history)
         self._show()
-        self._write("test", parts)
+        told = {} if self.health is None else {"health": self.health.state, "verdict": self.health.text}
+        self._write("test", {**parts, **told})
         shown = ", ".join(f"{key} {value:.3f}" for key, value in self.latest.items())
-        self.say(f"step {self.learner.step} of {self.learner.total_steps}: {shown}")
+        self.say(f"step {self.learner.step} of {self.learner.total_steps}: {shown}{self.clock.told()}")
+        if self.health is not None:
+            self.tell(self.health.text)
+        self.clock.start()
 
     def save(self) -> None:
         """A checkpoint of this very step."""
@@ -135,6 +198,7 @@ class Recorder:
                 "seconds": self.seconds,
                 "window": self.window,
                 "latest": self.latest,
+                "history": self.history,
                 "made_by": thread_fingerprint(),
             }
             save_checkpoint(self.out / "checkpoints", self.learner.step, self.learner.tensors(), meta)
@@ -142,13 +206,17 @@ class Recorder:
     def restore(self, meta: dict[str, Any]) -> None:
         """Go on where a checkpoint's log stood."""
         self.window, self.latest = dict(meta["window"]), dict(meta["latest"])
+        self.history = list(meta.get("history", []))
+        if self.history:
+            self.health = self.learner.objective.verdict(self.history)
         self.earlier_seconds = meta["seconds"]
 
     def drop_later_lines(self) -> None:
         """Lines of the log that lie after the learner's step will be written again."""
         path = self.out / "metrics.jsonl"
         if self.writes and path.exists():
-            kept = [line for line in read_lines(path) if line["step"] <= self.learner.step]
+            step = self.learner.step
+            kept = [line for line in read_lines(path) if line["step"] <= step and step > 0]
             write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     @property
@@ -164,11 +232,27 @@ class Recorder:
         self._show()
         self._write("train", {**means, "lr_factor": self.learner.lr_factor})
 
+    def tell(self, line: str) -> None:
+        """News that is worth a line on a terminal too."""
+        if self.bar.disable:
+            self.say(line)
+        else:
+            self.bar.write(line, file=sys.stderr)
+
+    def _collapsed(self) -> bool:
+        """Whether the last evaluation, or the last two, leave no doubt."""
+        if self.health is None or self.health.state not in ("collapsing", "collapsed"):
+            return False
+        if self.health.state == "collapsed":
+            return True
+        before = self.learner.objective.verdict(self.history[:-1])
+        return before is not None and before.state == "collapsing"
+
     def _show(self) -> None:
-        names = ("loss", "test accuracy")
+        names = ("loss", "test accuracy", "test knn accuracy")
         self.bar.set_postfix({key: f"{self.latest[key]:.3f}" for key in names if key in self.latest})
 
-    def _write(self, split: str, values: dict[str, float]) -> None:
+    def _write(self, split: str, values: Mapping[str, float | str]) -> None:
         if self.writes:
             step = self.learner.step
             line = {"step": step, "epoch": round(step / self.steps_per_epoch, 4), "split": split, **values}

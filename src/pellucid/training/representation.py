@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from pellucid.analytic import NearestNeighbours
 from pellucid.errors import ConfigError
 from pellucid.objectives import effective_rank
-from pellucid.training.objective import Batches, Objective
+from pellucid.training.health import Verdict, verdict
+from pellucid.training.objective import Batches, Held, Objective
 
 
 class Representation(Objective):
@@ -21,7 +22,8 @@ class Representation(Objective):
 
     Its measures are those of the features that the run would hand over: ``effective rank`` of the test
     images' features (RankMe, 1 to their width), ``cosine`` between different images (1 when all are alike),
-    ``norm`` and ``norm spread`` (standard deviation over mean), and where labels are known ``knn accuracy``.
+    ``view cosine`` between views of one image, ``norm`` and ``norm spread`` (standard deviation over mean),
+    and where labels are known ``knn accuracy``.
     """
 
     needs_labels: ClassVar[bool] = False
@@ -36,8 +38,8 @@ class Representation(Objective):
                 )
 
     @torch.no_grad()
-    def evaluate(self, weights: Mapping[str, Tensor], train: Batches, test: Batches) -> dict[str, float]:
-        features, labels = self._features(weights, test)
+    def evaluate(self, weights: Mapping[str, Tensor], held: Held) -> dict[str, float]:
+        features, labels = self._features(weights, held.test)
         lengths = features.norm(dim=-1)
         unit = F.normalize(features, dim=-1)
         n = len(unit)
@@ -47,26 +49,38 @@ class Representation(Objective):
             "norm": float(lengths.mean()),
             "norm spread": float(lengths.std(correction=0) / lengths.mean().clamp_min(1e-12)),
         }
+        views, _ = self._features(weights, ((batch[0].large[:, :2], *batch[1:]) for batch in held.views))
+        if len(views):
+            first, second = F.normalize(views, dim=-1).unbind(1)
+            measures["view cosine"] = float((first * second).sum(-1).mean())
         if bool((labels >= 0).any()):
-            known, names = self._features(weights, train)
+            known, names = self._features(weights, held.train)
             guess = NearestNeighbours().fit(known[names >= 0], names[names >= 0]).predict(features)
             right = torch.as_tensor(guess)[labels >= 0] == labels[labels >= 0]
             measures["knn accuracy"] = float(right.float().mean())
         return measures
 
+    def verdict(self, history: Sequence[Mapping[str, float]]) -> Verdict:
+        return verdict(history, feature_width(self.model))
+
     def _features(self, weights: Mapping[str, Tensor], batches: Batches) -> tuple[Tensor, Tensor]:
-        """Pooled features ``(n, d)`` and labels ``(n,)``, on the CPU."""
+        """Pooled features ``(n, d)``, or ``(n, v, d)`` of several views, and labels ``(n,)``, on the CPU."""
         device = next(self.model.parameters()).device
         training = self.model.training
         self.model.eval()
         found: list[tuple[Tensor, Tensor]] = []
         try:
             for batch in batches:
+                images = batch[0].to(device)
                 # Without a classifier, a model's output is its pooled feature.
-                pooled = torch.func.functional_call(self.model, dict(weights), (batch[0].to(device),))
+                pooled = torch.func.functional_call(
+                    self.model, dict(weights), (images.flatten(0, -4),)
+                ).unflatten(0, images.shape[:-3])
                 found.append((pooled.float().cpu(), batch[1].cpu()))
         finally:
             self.model.train(training)
+        if not found:
+            return torch.empty(0, 0), torch.empty(0)
         features, labels = zip(*found, strict=True)
         return torch.cat(features), torch.cat(labels)
 
@@ -98,3 +112,8 @@ def patch_grid(model: Any) -> tuple[int, int]:
     """Rows and columns of patches at the size that the model was built for."""
     rows, columns = (model.embed if hasattr(model, "embed") else model.patch_embed).grid_size
     return int(rows), int(columns)
+
+
+def feature_width(model: Any) -> int:
+    """Width of the pooled feature."""
+    return int(model.num_features)

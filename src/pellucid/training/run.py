@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,10 +28,11 @@ from pellucid.data import (
     train_loader,
 )
 from pellucid.data.crops import SMALL_COLOUR
-from pellucid.errors import CheckpointError, ConfigError, DataError, NumericsError, suggest
+from pellucid.errors import CheckpointError, ConfigError, DataError, NumericsError, Stopped, suggest
 from pellucid.models import create_model, load
 from pellucid.models.saved import CONFIG, WEIGHTS, copy_weights, describe_model
 from pellucid.training.checkpoint import (
+    last_good,
     load_checkpoint,
     locked,
     new_folder,
@@ -45,7 +47,8 @@ from pellucid.training.learner import Learner
 from pellucid.training.loops import fit_lightning, fit_plain
 from pellucid.training.masked import MAE
 from pellucid.training.mcr2 import MCR2, SelfSupervisedMCR2
-from pellucid.training.objective import Objective
+from pellucid.training.objective import Held, Objective
+from pellucid.training.ranks import launched, rank
 from pellucid.training.recipe import MuonAdamW
 from pellucid.training.recorder import Recorder, StopFlag, read_lines
 from pellucid.training.self_distillation import DINO, SimDINO, SimDINOv2
@@ -63,6 +66,9 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 REFERENCE = 5_000
 """Training images at most that measures compare with."""
+
+VIEWED = 512
+"""Test images at most whose views are compared."""
 
 Say = Callable[[str], None]
 
@@ -117,23 +123,42 @@ def train(
         CheckpointError: ``out`` exists, is in use, or cannot be written.
         NumericsError: a loss or gradient was not finite; the step was not applied, all before it is saved.
         Stopped: by a signal; the state is saved.
+        ProcessLost: one of several processes that train together is gone.
     """
     name = data.name if isinstance(data, ImageData) else os.fspath(data)
     config = TrainConfig.from_mapping({**options, "data": name})
     if config.objective not in OBJECTIVES:
         raise ConfigError(f"unknown objective '{config.objective}'{suggest(config.objective, OBJECTIVES)}")
-    images = load_data(data, download=config.download, root=config.data_root, max_bad=config.max_bad)
+    config = replace(
+        config, **{k: v for k, v in OBJECTIVES[config.objective].recipe.items() if k not in options}
+    )
+    _refuse_other_processes(config)
+    images = load_images(config, data)
     setting = _set_up(_resolved(config, images), images)
     config = setting.config
     out = Path(config.out)
     if rank() > 0:  # the first process owns the folder
-        with StopFlag() as stop:
-            return _train(setting, out, stop, resume, progress=False, say=lambda line: None)
+        try:
+            with StopFlag() as stop:
+                return _train(setting, out, stop, resume, progress=False, say=lambda line: None)
+        except (Stopped, NumericsError) as error:
+            raise SystemExit(error.exit_code) from error  # the first process says why
     _claim(out, config, resume=resume, overwrite=overwrite)
     with locked(out), StopFlag() as stop:
         for folder in (out, out / "checkpoints"):
             sweep(folder)
         return _train(setting, out, stop, resume, progress, say)
+
+
+def load_images(config: TrainConfig, data: str | os.PathLike[str] | ImageData | None = None) -> ImageData:
+    """The images of a run, with labels where its objective needs them."""
+    return load_data(
+        config.data if data is None else data,
+        labels="required" if OBJECTIVES[config.objective].needs_labels else "optional",
+        download=config.download,
+        root=config.data_root,
+        max_bad=config.max_bad,
+    )
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
@@ -157,6 +182,26 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     )
 
 
+class Waiting:
+    """Batches of a loader; how long each was waited for is added to ``seconds[0]``."""
+
+    def __init__(self, loader: Any, seconds: list[float]) -> None:
+        self.loader, self.seconds = loader, seconds
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self.loader)
+        while True:
+            asked = time.monotonic()
+            batch = next(batches, None)
+            self.seconds[0] += time.monotonic() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+
 @dataclass(frozen=True)
 class _Setting:
     """A run's parts, made from its options and data alone."""
@@ -167,6 +212,7 @@ class _Setting:
     learner: Learner
     view: View
     views: MultiView | MaskedView | None
+    waited: list[float]
 
     @property
     def steps_per_epoch(self) -> float:
@@ -186,13 +232,30 @@ class _Setting:
             world=world,
         )
         view = self.views or self.view
-        return train_loader(self.images.train, view, sampler, workers=config.workers)
+        loader = train_loader(self.images.train, view, sampler, workers=config.workers)
+        return Waiting(loader, self.waited)
 
-    def evaluation(self) -> tuple[Any, Any]:
-        """Training images to compare with, and test images, both without augmentation."""
+    def held(self) -> Held:
+        """What is measured on."""
         view, workers = replace(self.view, augment="none"), self.config.workers
         train = eval_loader(self.images.train, view, workers=workers, limit=REFERENCE)
-        return train, eval_loader(self.images.test, view, workers=workers)
+        test = eval_loader(self.images.test, view, workers=workers)
+        if not isinstance(self.views, MultiView):
+            return Held(test, train)
+        views = eval_loader(self.images.test, self.views, workers=workers, limit=VIEWED)
+        return Held(test, train, views)
+
+
+def _refuse_other_processes(config: TrainConfig) -> None:
+    """Whoever starts the processes must have started as many as the run is to have."""
+    found = launched()
+    if found is None or not isinstance(config.devices, int) or config.devices < 1:
+        return
+    if found != config.devices * config.nodes:
+        raise ConfigError(
+            f"torchrun or srun has started {found} processes, and the run is to have {config.devices} on each "
+            f"of {config.nodes} nodes - say so with --devices and --nodes"
+        )
 
 
 def _set_up(config: TrainConfig, images: ImageData) -> _Setting:
@@ -227,7 +290,7 @@ def _set_up(config: TrainConfig, images: ImageData) -> _Setting:
         flip=bool(config.flip),
         seed=config.seed,
     )
-    setting = _Setting(config, images, model, learner, view, _views(config, view, objective))
+    setting = _Setting(config, images, model, learner, view, _views(config, view, objective), [0.0])
     setting.batches(0, max(1, config.devices) * config.nodes if isinstance(config.devices, int) else 1)
     return setting
 
@@ -254,11 +317,14 @@ def _crop_choices(config: TrainConfig, model: Any) -> dict[str, Any]:
     if not OBJECTIVES[config.objective].many_views:
         return {}
     side, patch = min(image_size(model)), math.isqrt(_patch_area(model))
-    count = config.small_crops if config.small_crops is not None else 4 if config.augment == "small" else 8
+    # In few pixels a part says little about the whole.
+    tiny = config.augment == "small"
+    count = config.small_crops if config.small_crops is not None else 0 if tiny else 8
+    split = config.crop_split if config.crop_split is not None else 0.8 if tiny else 0.4
     size = config.small_size or max(1, round(side / 2 / patch)) * patch
     if count and size % patch:
         raise ConfigError(f"small_size is {size}; it must be made of patches of {patch}")
-    return {"small_crops": count, "small_size": size}
+    return {"small_crops": count, "small_size": size, "crop_split": split}
 
 
 def _views(config: TrainConfig, view: View, objective: Objective) -> MultiView | MaskedView | None:
@@ -266,6 +332,7 @@ def _views(config: TrainConfig, view: View, objective: Objective) -> MultiView |
         return MaskedView(view, objective.masking) if objective.masking else None
     assert config.small_crops is not None
     assert config.small_size is not None
+    assert config.crop_split is not None
     return MultiView(
         view,
         large=config.large_crops,
@@ -289,13 +356,16 @@ def _train(setting: _Setting, out: Path, stop: StopFlag, resume: bool, progress:
     recorder = Recorder(
         out,
         learner,
-        setting.evaluation,
+        setting.held,
         steps_per_epoch=setting.steps_per_epoch,
         eval_every=_interval(config.eval_every, setting.steps_per_epoch, learner.total_steps, at_most=40),
         save_every=config.save_every
         or _interval(0, setting.steps_per_epoch, learner.total_steps, at_most=20),
         data=images.fingerprint,
         stop=stop,
+        stop_on_collapse=config.stop_on_collapse,
+        waited=lambda: setting.waited[0],
+        images_per_step=config.batch_size,
         writes=rank() == 0,
         progress=progress,
         say=say,
@@ -309,6 +379,8 @@ def _train(setting: _Setting, out: Path, stop: StopFlag, resume: bool, progress:
             _fit(setting, recorder)
     except NumericsError as error:
         recorder.save()
+        if rank() > 0:
+            raise
         raise NumericsError(_about_bad_batch(error, setting, out)) from error
     finally:
         recorder.bar.close()
@@ -331,6 +403,7 @@ def _fit(setting: _Setting, recorder: Recorder) -> None:
             learner,
             setting.batches(0, 1),
             recorder,
+            begin=recorder.begin,
             accumulate=config.accumulate,
             precision=config.precision,
             device="cuda" if config.accelerator != "cpu" and torch.cuda.is_available() else "cpu",
@@ -340,12 +413,18 @@ def _fit(setting: _Setting, recorder: Recorder) -> None:
             learner,
             setting.batches,
             recorder,
+            begin=recorder.begin,
             accumulate=config.accumulate,
             precision=config.precision,
             accelerator=config.accelerator,
             devices=config.devices,
             nodes=config.nodes,
+            remedy=lambda: _how_to_go_on(recorder.out),
         )
+
+
+def _how_to_go_on(out: Path) -> str:
+    return f"{last_good(out)} in {out} - run the same command with --resume to go on from there"
 
 
 SMALL_STEP = 4e9
@@ -499,8 +578,3 @@ def _hand_over(run: Run, setting: _Setting) -> None:
         "rejects": [reject._asdict() for reject in images.rejects],
     }
     write_file(run.out / "result.json", json.dumps(result, indent=1))
-
-
-def rank() -> int:
-    """This process's number among those that a launcher started together."""
-    return int(next((os.environ[k] for k in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if k in os.environ), 0))

@@ -18,7 +18,7 @@ from pellucid.objectives.self_distillation import published_constants
 from pellucid.training.config import TrainConfig
 from pellucid.training.ranks import averaged, gathered
 from pellucid.training.recipe import cosine
-from pellucid.training.representation import Representation, hidden, patch_grid
+from pellucid.training.representation import Representation, feature_width, hidden, patch_grid
 
 PUBLISHED_HEAD = {"head_dim": 256, "head_hidden": 2048}
 
@@ -39,6 +39,7 @@ class SelfDistillation(Representation):
     """
 
     many_views: ClassVar[bool] = True
+    recipe: ClassVar[Mapping[str, Any]] = {"lr": 1e-3, "batch_size": 64}
     progress: Tensor
 
     def __init__(
@@ -375,11 +376,6 @@ def _checked_preset(config: TrainConfig) -> dict[str, Any]:
     if asked.get("preset", "published") != "published":
         raise ConfigError(f"preset is '{asked['preset']}'; known: published")
     return asked
-
-
-def feature_width(model: Any) -> int:
-    """Width of the pooled feature."""
-    return int(model.num_features)
 
 
 def _of_views(pair: Any, images: Float[Tensor, "b v c h w"]) -> Float[Tensor, "v b k"]:
