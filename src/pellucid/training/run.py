@@ -462,8 +462,11 @@ def _resolved(config: TrainConfig, images: ImageData) -> TrainConfig:
     """The options with every choice that was left to the data made."""
     model, model_args = config.model, dict(config.model_args)
     if not model:
-        model, sizes = _choose_model(images, OBJECTIVES[config.objective].family)
-        model_args = {**sizes, **model_args}
+        kind = OBJECTIVES[config.objective]
+        model, sizes = _choose_model(images, kind.family)
+        # Without labels, and in few steps, the mean of the patches tells more than a class token learns to.
+        pool = {} if kind.needs_labels else {"global_pool": "avg"}
+        model_args = {**sizes, **pool, **model_args}
     for key, found in (("num_classes", len(images.class_names)), ("in_chans", images.in_chans)):
         if model_args.pop(key, found) != found:
             given = config.model_args[key]

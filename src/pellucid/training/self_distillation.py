@@ -153,21 +153,19 @@ class SimDINO(SelfDistillation):
 
     @classmethod
     def resolved(cls, model: nn.Module, config: TrainConfig, steps: int) -> dict[str, Any]:
-        """The paper's gamma, 1/dim + 1/batch, a batch as one group, a projector by the model's width.
+        """The (eps, gamma, group_size) that the published run amounts to, whatever its flags say.
 
-        ``preset="published"`` takes the numbers that the published run amounts to, whatever its flags say.
+        Where 64 does not divide the images that are seen at once, they are one group. Projector and momentum
+        go by the model's width and the run's length; ``preset="published"`` takes the published ones.
         """
         asked = _checked_preset(config)
         preset = asked.pop("preset", None)
-        own: dict[str, Any] = head_sizes(model) if preset is None else dict(PUBLISHED_HEAD)
-        dim = asked.get("head_dim", own["head_dim"])
-        if preset is None:
-            gamma = 1 / dim + 1 / config.batch_size
-            own |= {"eps": 0.5, "gamma": gamma, "group_size": config.batch_size, "momentum": slow(steps)}
-        else:
-            own |= {**published_constants(dim), "momentum": 0.996}
-        found = {**own, **asked}
         at_once = config.batch_size // config.accumulate
+        own = published_constants()
+        if preset is None and at_once % own["group_size"]:
+            own["group_size"] = at_once
+        sizes = PUBLISHED_HEAD if preset else head_sizes(model)
+        found = {**own, **sizes, "momentum": 0.996 if preset else slow(steps), **asked}
         if at_once % max(1, found["group_size"]):
             raise ConfigError(
                 f"group_size {found['group_size']} does not divide the {at_once} images seen at once - "
@@ -287,7 +285,8 @@ class DINO(SelfDistillation):
     def resolved(cls, model: nn.Module, config: TrainConfig, steps: int) -> dict[str, Any]:
         asked = _checked_preset(config)
         if asked.pop("preset", None) is None:
-            return {**head_sizes(model), "prototypes": 1024, "momentum": slow(steps), **asked}
+            own = {"prototypes": 1024, "momentum": max(0.99, slow(steps))}
+            return {**head_sizes(model), **own, **asked}
         return {**PUBLISHED_HEAD, "prototypes": 65536, "momentum": 0.996, **asked}
 
     def forward(self, crops: Crops, labels: Int[Tensor, b] | None = None) -> dict[str, Tensor]:
