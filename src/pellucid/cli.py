@@ -29,7 +29,7 @@ app = App(
     default_parameter=Parameter(negative=()),
 )
 
-_DERIVED = {"data", "model_args"}
+_DERIVED = {"data", "model_args", "objective_args"}
 """Options of TrainConfig that the command line spells in another way."""
 
 
@@ -174,6 +174,7 @@ def train(
     options: Annotated[TrainOptions, _Flat] | None = None,  # type: ignore[valid-type]
     sizes: Annotated[Sizes, _Flat] | None = None,
     model_arg: Annotated[list[str] | None, Parameter(consume_multiple=False)] = None,
+    objective_arg: Annotated[list[str] | None, Parameter(consume_multiple=False)] = None,
     config: Path | None = None,
     beside: str | None = None,
     resume: bool = False,
@@ -190,6 +191,9 @@ def train(
         a known name: digits, cifar10, ...
     model_arg
         Another option of the architecture, as NAME=VALUE; may be given several times.
+    objective_arg
+        A number of the objective, as NAME=VALUE, such as gamma=0.01 or preset=published; may be given several
+        times.
     config
         Options from a YAML file, such as the config.yaml of a run; the command line goes before it.
     beside
@@ -207,7 +211,10 @@ def train(
         chosen["data"] = data
     given = {k: v for k, v in vars(sizes or Sizes()).items() if v is not None} | _model_args(model_arg or [])
     if given:
-        chosen["model_args"] = _with(chosen.get("model_args"), given)
+        chosen["model_args"] = _with("model_args", chosen.get("model_args"), given)
+    if objective_arg:
+        numbers = _pairs(objective_arg, "--objective-arg", "gamma=0.01")
+        chosen["objective_args"] = _with("objective_args", chosen.get("objective_args"), numbers)
     command = shlex.join(["pellucid", *sys.argv[1:]])
     if report:
         _train_and_report(chosen, beside, command, resume, overwrite)
@@ -1279,11 +1286,11 @@ def _pairs(pairs: list[str], flag: str, example: str) -> dict[str, Any]:
     return arguments
 
 
-def _with(model_args: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """A config's ``model_args`` with what the command line says in place of it."""
-    if not isinstance(model_args, dict | None):
-        raise ConfigError(f"model_args is {model_args!r}; expected options such as 'depth: 6'")
-    return {**(model_args or {}), **given}
+def _with(name: str, options: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """A config's ``model_args`` or ``objective_args`` with what the command line says in place of it."""
+    if not isinstance(options, dict | None):
+        raise ConfigError(f"{name} is {options!r}; expected options such as 'depth: 6'")
+    return {**(options or {}), **given}
 
 
 def _refuse_output(path: Path | None) -> None:

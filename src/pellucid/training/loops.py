@@ -96,6 +96,7 @@ def fit_lightning(
     with warnings.catch_warnings(), Lifeline(remedy) as lifeline:
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # the teacher
         several = nodes > 1 or str(devices) != "1"
         with _plainly(MisconfigurationException, ValueError, RuntimeError):
             # Lightning's own way of going on after SLURM's time limit would save beside ours.
