@@ -204,6 +204,7 @@ def test_pictures_without_labels(tmp_path):
         load_data(tmp_path / "out")
     report = check(tmp_path / "out")
     assert (report.ok, report.without_labels) == (False, True)
+    assert report.notes == ("20 images without labels, usable with --objective simdino, dino or mae",)
 
 
 def test_arrays_become_png(tmp_path):

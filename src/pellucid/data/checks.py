@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pellucid.data.builtin import NAMES as BUILTIN_NAMES
-from pellucid.data.dataset import EncodedImages, ImageData, ImageSet, Reject
+from pellucid.data.dataset import EncodedImages, FileImages, ImageData, ImageSet, Reject
 from pellucid.data.found import Asked, Found, Labels, Looks
 from pellucid.data.images import KINDS, MAX_PIXELS, show_name
 from pellucid.data.load import MAX_BAD, Spec, ask, find, is_in_memory, load_in_memory, title
@@ -166,7 +166,8 @@ def _check_found(found: Found, max_bad: float) -> CheckReport:
     notes = list(found.notes)
     without = bool(found.without_labels and not too_many and not damage)
     if without:
-        lack = "" if found.class_names else "no class folders: "
+        no_folders = isinstance(found.train, FileImages) and not found.class_names
+        lack = "no class folders: " if no_folders else ""
         notes.insert(0, f"{lack}{found.without_labels:,} {USE}")
     seen = [np.stack([part.height, part.width], axis=1)[part.good] for part in looks]
     kinds = Counter(KINDS[kind] for part in looks for kind in part.kind[part.good])
