@@ -26,6 +26,7 @@ from pellucid.steps import (
     MLP,
     MSSA,
     ExactCompression,
+    Layer,
     OvercompleteISTA,
     SoftISTA,
     Step,
@@ -54,7 +55,7 @@ def build_layer(
     residual: bool,
     norm_eps: float,
     orthonormal: bool,
-) -> nn.ModuleDict:
+) -> Layer:
     """One layer of CRATE: compress, then sparsify."""
     norm = partial(nn.LayerNorm, dim, eps=norm_eps)
     compress: Step
@@ -89,7 +90,7 @@ def build_layer(
     else:
         ista = {"ista": ISTA, "soft": SoftISTA}[sparsification]
         sparsify = ista(dim, step_size=step_size, sparsity=sparsity, enter=norm())
-    return nn.ModuleDict({"compress": compress, "sparsify": sparsify})
+    return Layer({"compress": compress, "sparsify": sparsify})
 
 
 class CRATE(Backbone):

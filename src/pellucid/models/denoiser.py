@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pellucid.errors import ConfigError
 from pellucid.models.embed import TokenEmbedding
 from pellucid.objectives.denoising import Level, Schedule
-from pellucid.steps import MSSA, OnStep, OvercompleteISTA, UntiedMSSA, unroll
+from pellucid.steps import MSSA, Layer, OnStep, OvercompleteISTA, UntiedMSSA, unroll
 
 
 class Preconditioned(nn.Module):
@@ -158,7 +158,7 @@ class CRATEDenoiser(nn.Module):
         )
         self.level = LevelEmbedding(embed_dim)
         self.layers = nn.ModuleList(
-            nn.ModuleDict(
+            Layer(
                 {
                     "compress": attention(embed_dim, num_heads, norm=nn.LayerNorm(embed_dim)),
                     "sparsify": OvercompleteISTA(

@@ -22,19 +22,17 @@ from pellucid.models.backbone import cfg_of, register
 from pellucid.models.crate import ABLATION, CRATE, CRATE_SIZES, DIGITS, MICRO, SMALL_PICTURES
 from pellucid.models.embed import patchify
 from pellucid.objectives import masked_error
-from pellucid.steps import MHSA, MLP, Decompression, OnStep, Synthesis, unroll
+from pellucid.steps import MHSA, MLP, Decompression, Layer, OnStep, Synthesis, unroll
 
 Decoder = Literal["reverse", "mhsa_mlp"]
 
 
-def build_decoder_layer(dim: int, num_heads: int, kind: Decoder = "reverse") -> nn.ModuleDict:
+def build_decoder_layer(dim: int, num_heads: int, kind: Decoder = "reverse") -> Layer:
     """One layer of the decoder: speak the code, then decompress; or attention and MLP as in any ViT."""
     norm = partial(nn.LayerNorm, dim)
     if kind == "mhsa_mlp":
-        return nn.ModuleDict(
-            {"compress": MHSA(dim, num_heads, norm=norm()), "sparsify": MLP(dim, norm=norm())}
-        )
-    return nn.ModuleDict(
+        return Layer({"compress": MHSA(dim, num_heads, norm=norm()), "sparsify": MLP(dim, norm=norm())})
+    return Layer(
         {
             "synthesise": Synthesis(dim, enter=norm()),
             "decompress": Decompression(dim, num_heads, norm=norm()),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pellucid.models.backbone import Backbone, Pool, cfg_of, register
 from pellucid.models.embed import Positions, Size, StemName, TokenEmbedding
-from pellucid.steps import MLP, TSSA, OvercompleteISTA, Step, UntiedTSSA
+from pellucid.steps import MLP, TSSA, Layer, OvercompleteISTA, Step, UntiedTSSA
 
 
 def build_layer(
@@ -34,7 +34,7 @@ def build_layer(
     step_size: float,
     sparsity: float,
     norm_eps: float,
-) -> nn.ModuleDict:
+) -> Layer:
     """One layer of ToST: compress, then an MLP or a sparse code."""
     norm = partial(nn.LayerNorm, dim, eps=norm_eps)
     compress: Step
@@ -48,7 +48,7 @@ def build_layer(
     else:
         atoms = round(mlp_ratio * dim)
         sparsify = OvercompleteISTA(dim, atoms, step_size=step_size, sparsity=sparsity, norm=norm())
-    return nn.ModuleDict({"compress": compress, "sparsify": sparsify})
+    return Layer({"compress": compress, "sparsify": sparsify})
 
 
 class ToST(Backbone):

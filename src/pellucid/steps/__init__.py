@@ -7,7 +7,7 @@ from pellucid.steps.mssa import MSSA, Decompression, ExactCompression, SubspaceS
 from pellucid.steps.overcomplete import OvercompleteISTA
 from pellucid.steps.power import MSP, OrthogonalIteration, PowerStep
 from pellucid.steps.rate_reduction import RateReduction, ShiftInvariantRateReduction
-from pellucid.steps.step import OnStep, Step, StepRecord, unroll
+from pellucid.steps.step import Layer, OnStep, Step, StepRecord, unroll
 from pellucid.steps.strict import StrictCompression, StrictISTA
 from pellucid.steps.tssa import TSSA, UntiedTSSA
 
@@ -23,6 +23,7 @@ __all__ = [
     "Denoise",
     "ExactCompression",
     "FreeISTA",
+    "Layer",
     "Momentum",
     "OnStep",
     "OrthogonalIteration",

@@ -95,11 +95,24 @@ def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 OnStep = Callable[[StepRecord], None]
-Layer = nn.Module | Mapping[str, Step]
+
+
+class Layer(nn.ModuleDict):
+    """Named steps in order. Called as one module, so that whatever hangs on a call meets a whole layer."""
+
+    def forward(
+        self,
+        z: Float[Tensor, "b n d"],
+        x: Tensor | None = None,
+        on_step: OnStep | None = None,
+        index: int = 1,
+    ) -> Float[Tensor, "b n d"]:
+        """The tokens after all steps; as layer ``index`` in the records that ``on_step`` sees."""
+        return _run_steps(index, cast("Iterable[tuple[str, Step]]", self.items()), z, x, on_step)
 
 
 def unroll(
-    layers: Iterable[Layer],
+    layers: Iterable[nn.Module | Mapping[str, Step]],
     z: Float[Tensor, "b n d"],
     x: Tensor | None = None,
     on_step: OnStep | None = None,
@@ -112,7 +125,7 @@ def unroll(
     times: ``unroll([ista] * 100, z0, x)``.
 
     Args:
-        layers: each a step, or named steps in order (a dict or ``ModuleDict``).
+        layers: each a step, or named steps in order (a :class:`Layer` or a dict).
         z: tokens to start from.
         x: handed to every step unchanged.
         on_step: called with a :class:`StepRecord` after every step. Costs nothing when absent.
@@ -127,10 +140,20 @@ def unroll(
     return z
 
 
-def _run_layer(index: int, layer: Layer, z: Tensor, x: Tensor | None, on_step: OnStep | None) -> Tensor:
+def _run_layer(
+    index: int, layer: nn.Module | Mapping[str, Step], z: Tensor, x: Tensor | None, on_step: OnStep | None
+) -> Tensor:
+    if isinstance(layer, Layer):
+        return layer(z, x, on_step, index)
     if isinstance(layer, Step):
         layer = {type(layer).__name__.lower(): layer}
-    for name, step in cast("Mapping[str, Step]", layer).items():
+    return _run_steps(index, cast("Mapping[str, Step]", layer).items(), z, x, on_step)
+
+
+def _run_steps(
+    index: int, steps: Iterable[tuple[str, Step]], z: Tensor, x: Tensor | None, on_step: OnStep | None
+) -> Tensor:
+    for name, step in steps:
         z = step.enter(z)
         z_next = step(z, x)
         if on_step is not None:

@@ -1,9 +1,9 @@
 """How the processes of a run notice that one of them is gone, whatever started them and wherever they run.
 
-A collective operation waits for every process, with NCCL for as long as its timeout allows, which must be long
-because the first process evaluates alone. So each process holds a connection to the first. The kernel closes
-it when a process dies, however it dies; one that fails on its own says why; and the first passes on to all
-others what it has heard first.
+A collective operation waits for every process, with NCCL for as long as its timeout allows, which must be
+long because the first process evaluates alone. So each process holds a connection to the first. The kernel
+closes it when a process dies, however it dies; one that fails on its own says why; and the first passes on to
+all others what it has heard first.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ class Lifeline:
             peer.sendall(f"{key} {rank()}\n".encode())
         except OSError as error:
             print(
-                f"process {rank()} cannot reach port {port} of {address} ({error.strerror or error}): should a "
-                f"process die, the others will only notice after the timeout of a collective operation",
+                f"process {rank()} cannot reach port {port} of {address} ({error.strerror or error}): should "
+                f"a process die, the others only notice after the timeout of a collective operation",
                 file=sys.stderr,
             )
             return
