@@ -13,6 +13,7 @@ from pellucid.training import TrainConfig, open_run
 from pellucid.training.learner import Learner
 from pellucid.training.loops import fit_lightning, fit_plain
 from pellucid.training.masked import MAE
+from pellucid.training.objective import Held
 from pellucid.training.recipe import MuonAdamW
 
 RUN = {"objective": "mae", "model": "crate_mae_digits", "model_args": {"depth": 2}}
@@ -99,7 +100,7 @@ def gradients_of_first_step(images, accumulate, driver):
 def test_no_cut_of_the_batch_changes_loss_or_gradient(digits, driver):
     whole, loss = gradients_of_first_step(digits.images, 1, driver)
     cut, cut_loss = gradients_of_first_step(digits.images, 4, driver)
-    torch.testing.assert_close(cut_loss, loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(cut_loss, loss, rtol=1e-6, atol=0)  # logged in float32
     assert whole.keys() == cut.keys()
     for name, gradient in whole.items():
         assert gradient.any(), name
@@ -109,7 +110,7 @@ def test_no_cut_of_the_batch_changes_loss_or_gradient(digits, driver):
 def evaluated(images, objective, batch_size=256, weights=None):
     view = view_of(images, "none")
     train, test = (eval_loader(part, view, batch_size, limit=100) for part in (images.train, images.test))
-    return objective.evaluate(weights or objective.handed_over(), train, test)
+    return objective.evaluate(weights or objective.handed_over(), Held(test, train))
 
 
 def test_measures_of_a_model_are_the_same_every_time(digits):
@@ -166,6 +167,7 @@ def test_a_run_learns_and_leaves_a_model_that_reconstructs(digits, tmp_path):
     out = digits.train(tmp_path / "run", **{**RUN, "model": "", "model_args": {}}, epochs=4)
     run = open_run(out)
     assert run.config.model == "crate_mae_digits"
+    assert run.config.augment == "none"
     assert run.config.objective_args == {"mask_ratio": 0.5}
     assert run.accuracy is None
     assert run.model.num_classes == 0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pellucid.data import Crops, Masking, draws
 from pellucid.errors import ConfigError
 from pellucid.models.mae import num_hidden
-from pellucid.training.config import TrainConfig
+from pellucid.training.config import Augment, TrainConfig
 from pellucid.training.objective import Batches, Held, Objective
 from pellucid.training.representation import Representation, patch_grid
 
@@ -41,6 +41,8 @@ class MAE(Representation):
     """
 
     family: ClassVar[str] = "crate_mae"
+    small_augment: ClassVar[Augment] = "none"  # turned ones teach less about pictures as they stand
+    recipe: ClassVar[Mapping[str, Any]] = {"batch_size": 64}
 
     def __init__(self, model: nn.Module, *, mask_ratio: float = 0.75) -> None:
         super().__init__(model)
@@ -76,7 +78,7 @@ class MAE(Representation):
 
     @torch.no_grad()
     def evaluate(self, weights: Mapping[str, Tensor], held: Held) -> dict[str, float]:
-        """The loss on ``held.test`` behind masks that depend on the item alone, and the measures of features."""
+        """The loss on ``held.test``, its masks set by the item alone, and the measures of features."""
         error = Objective.evaluate(self, weights, Held(self._masked(held.test)))
         return {**error, **super().evaluate(weights, replace(held, views=()))}
 

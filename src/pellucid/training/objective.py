@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from pellucid.data import Masking
 from pellucid.errors import ConfigError, suggest
-from pellucid.training.config import TrainConfig
+from pellucid.training.config import Augment, TrainConfig
 from pellucid.training.health import Verdict
 
 Batches = Iterable[tuple[Any, ...]]
@@ -48,6 +48,7 @@ class Objective(nn.Module):
         many_views: a batch holds several views of each image, :class:`~pellucid.data.crops.Crops`.
         family: of our models, the one to take where none is named.
         needs_labels: cannot learn from images without labels, and gives the model a classifier.
+        small_augment: how small pictures are augmented where that is left to the data.
         recipe: options of a run that suit it better than their defaults, where they are left out.
         settings: the numbers that define it, with all defaults of a run resolved.
     """
@@ -55,6 +56,7 @@ class Objective(nn.Module):
     many_views: ClassVar[bool] = False
     family: ClassVar[str] = "crate"
     needs_labels: ClassVar[bool] = True
+    small_augment: ClassVar[Augment] = "small"
     recipe: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     settings: Mapping[str, Any] = MappingProxyType({})
 

@@ -460,9 +460,8 @@ def _patch_area(model: Any) -> int:
 
 def _resolved(config: TrainConfig, images: ImageData) -> TrainConfig:
     """The options with every choice that was left to the data made."""
-    model, model_args = config.model, dict(config.model_args)
+    kind, model, model_args = OBJECTIVES[config.objective], config.model, dict(config.model_args)
     if not model:
-        kind = OBJECTIVES[config.objective]
         model, sizes = _choose_model(images, kind.family)
         # Without labels, and in few steps, the mean of the patches tells more than a class token learns to.
         pool = {} if kind.needs_labels else {"global_pool": "avg"}
@@ -471,7 +470,9 @@ def _resolved(config: TrainConfig, images: ImageData) -> TrainConfig:
         if model_args.pop(key, found) != found:
             given = config.model_args[key]
             raise ConfigError(f"model_args has {key} {given}, the data has {found} - leave it out")
-    augment = config.augment if config.augment != "auto" else "small" if images.small else "photo"
+    augment = config.augment
+    if augment == "auto":
+        augment = kind.small_augment if images.small else "photo"
     flip = config.flip if config.flip is not None else not images.small
     out = config.out or f"runs/{Path(config.data).stem}-{model}"
     return replace(config, model=model, model_args=model_args, augment=augment, flip=flip, out=out)
