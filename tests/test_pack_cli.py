@@ -63,3 +63,20 @@ def test_labels_may_be_insisted_on(photos, tmp_path, capsys):
     assert "in 2 classes" in capsys.readouterr().out
     assert run("train", tmp_path / "one", *TINY, "--out", tmp_path / "x") == 2
     assert "--objective simdino" in capsys.readouterr().err
+
+
+def test_audit_needs_no_labels(photos, tmp_path, capsys):
+    flat, shards = tmp_path / "flat", tmp_path / "shards"
+    flat.mkdir()
+    for i, path in enumerate(sorted(photos.rglob("*.png"))):
+        path.rename(flat / f"{i}.png")
+    assert run("pack", flat, shards) == 0
+    options = ["--objective", "simdino", "--epochs", 1, "--no-report"]
+    for data, out in ((flat, "a"), (shards, "b")):
+        assert run("train", data, *TINY, *options, "--out", tmp_path / out) == 0
+    weights = [(tmp_path / out / "model" / "model.safetensors").read_bytes() for out in "ab"]
+    assert weights[0] == weights[1]
+    own, all_of_it = tmp_path / "own.json", tmp_path / "all.json"
+    assert run("audit", tmp_path / "b", "-o", own) == 0
+    assert run("audit", tmp_path / "b", flat, "-o", all_of_it) == 0
+    assert [json.loads(path.read_text())["samples"] for path in (own, all_of_it)] == [3, 30]

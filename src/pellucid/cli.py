@@ -484,7 +484,7 @@ def audit(
     from pellucid.measure import audit as hold
 
     _refuse_output(out)
-    images = _evaluation_data(Path(model), data, source or Source())
+    images = _evaluation_data(Path(model), data, source or Source(), labels="optional")
     network = _network(model, pretrained)
     batches = eval_loader(images.test, eval_view(network), batch_size=32, limit=limit)
     with _bar(min(limit, len(images.test)), "image") as step:
@@ -1095,19 +1095,25 @@ def _data_of(run: Run) -> ImageData:
     return load_images(run.config)
 
 
-def _evaluation_data(run: Path, data: str | None, source: Source) -> ImageData:
-    """The run's own held-out images, or all of another data set's."""
+def _evaluation_data(
+    run: Path, data: str | None, source: Source, labels: Literal["required", "optional"] = "required"
+) -> ImageData:
+    """The run's own held-out images, with labels if it learned from them, or all of another data set's."""
     from pellucid.data import BUILTIN_NAMES, load_data
+    from pellucid.training.run import OBJECTIVES
 
     own = _own_config(run)
     if data is None:
         if own is None:
             raise ConfigError(f"{run} does not say what it was trained on - name the data to look at")
         data = own.data
-    held_out = data in BUILTIN_NAMES or (own is not None and Path(own.data).resolve() == Path(data).resolve())
+    held_out = data in BUILTIN_NAMES
+    if own is not None and Path(own.data).resolve() == Path(data).resolve():
+        held_out, labels = True, "required" if OBJECTIVES[own.objective].needs_labels else "optional"
     root, max_bad = (own.data_root, own.max_bad) if own is not None else (None, 0.01)
     return load_data(
         data,
+        labels=labels,
         root=source.data_root or root,
         max_bad=max_bad if source.max_bad is None else source.max_bad,
         download=source.download,
@@ -1158,7 +1164,7 @@ def _own_test_images(run: str, model: Any, limit: int = 64) -> Iterable[Any]:
     if not (Path(run) / "config.yaml").is_file():
         return
     try:
-        images = _evaluation_data(Path(run), None, Source())
+        images = _evaluation_data(Path(run), None, Source(), labels="optional")
     except DataError as error:
         say(f"not checked on the run's test images: {error}")
         return
