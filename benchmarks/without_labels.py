@@ -29,7 +29,7 @@ from pellucid.models import load
 from pellucid.probing import frozen
 from pellucid.training import Run, open_run, train
 
-OBJECTIVES = ("simdino", "simdinov2", "dino", "mcr2-views", "mae", "supervised")
+OBJECTIVES = ("simdino", "dino", "mae", "supervised", "simdinov2", "mcr2-views")
 
 DIGITS = {"crate": "crate_digits", "vit": "vit_digits", "size": {}}
 SMALL = {

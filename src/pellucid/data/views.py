@@ -105,13 +105,13 @@ class View:
         return to_channels(images, self.in_chans)
 
     def fitted(self, images: Pictures) -> torch.Tensor:
-        """uint8 (b, in_chans, *img_size), without augmentation."""
+        """uint8 ``(b, in_chans, *img_size)``, without augmentation."""
         if isinstance(images, torch.Tensor) and images.shape[-2:] == self.img_size:
             return self.channels(images)
         return torch.stack([_fit(to_channels(image, self.in_chans), self.img_size) for image in images])
 
     def cropped(self, images: Pictures, uniform: Uniform) -> torch.Tensor:
-        """uint8 (b, in_chans, *img_size): of each picture a random part."""
+        """uint8 ``(b, in_chans, *img_size)``: of each picture a random part."""
         parts = []
         for image, u in zip(images, uniform, strict=True):
             top, left, height, width = crop_box((image.shape[-2], image.shape[-1]), u, self.magnitudes)
@@ -163,7 +163,7 @@ def inverse_motion(
 
 
 def sample(pixels: torch.Tensor, motion: npt.NDArray[np.float64], size: tuple[int, int]) -> torch.Tensor:
-    """float32 (b, c, *size): pixels where ``motion`` (b, 2, 3) says; the border is continued."""
+    """float32 ``(b, c, *size)``: pixels where ``motion`` (b, 2, 3) says; the border is continued."""
     grid = _sampling_grid(torch.from_numpy(motion).float(), size)
     return grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
