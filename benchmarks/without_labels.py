@@ -35,9 +35,9 @@ DIGITS = {"crate": "crate_digits", "vit": "vit_digits", "size": {}}
 SMALL = {
     "crate": "crate_micro_patch4_32",
     "vit": "vit_micro_patch4_32",
-    "size": {"embed_dim": 96, "depth": 4},
+    "size": {"embed_dim": 96, "depth": 4, "patch_size": 8},
 }
-"""For pictures of 32 pixels, as large as minutes on a CPU allow."""
+"""For pictures of 32 pixels, as large as a minute on a CPU allows."""
 
 
 def models(images: ImageData) -> dict[str, Spec]:
