@@ -23,6 +23,7 @@ from pellucid.errors import ConfigError
 _GEOMETRY, _COLOUR = 6, 9
 _PER_CROP = _GEOMETRY + _COLOUR
 _LUMA = (0.299, 0.587, 0.114)
+_YIQ = np.array([_LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])
 
 
 class Crops(NamedTuple):
@@ -64,7 +65,8 @@ class Masking:
     """Which patches of the large crops are hidden: a share drawn from ``share`` in ``chance`` of the crops.
 
     In ``blobs`` the hidden patches hang together, so that neighbours do not give them away: patches are
-    ranked by noise that has been averaged over 3 x 3 neighbours.
+    ranked by noise summed over 3 x 3 neighbours. Beyond an edge the opposite one goes on, so that a patch is
+    hidden as often wherever it stands.
     """
 
     grid: tuple[int, int]
@@ -84,7 +86,7 @@ class Masking:
         share = np.interp(share, (0, 1), self.share) * masked
         count = torch.from_numpy(np.rint(share * noise.shape[-1]).astype(np.int64))
         if self.blobs:
-            noise = _mean_of_neighbours(noise.unflatten(-1, self.grid)).flatten(-2)
+            noise = _gathered(noise.unflatten(-1, self.grid)).flatten(-2)
         ranks = noise.argsort(dim=-1, stable=True).argsort(-1)
         return ranks < count[..., None]
 
@@ -177,17 +179,16 @@ class MultiView:
         elif view.augment == "photo":
             pixels = view.cropped(images, geometry).float()
         else:
-            pixels = _turned_crop(images, geometry, view)
+            pixels = _turned_crop(self.view.fitted(images), geometry, view)
         kind = 2 if not large else 1 if number else 0
         return view.normalised(recoloured(pixels, colour, self.colour, kind))
 
 
-def _turned_crop(images: Pictures, u: Uniform, view: View) -> torch.Tensor:
-    """float32 (b, c, h, w), 0..255: of each picture a box, turned, at the view's size.
+def _turned_crop(pictures: torch.Tensor, u: Uniform, view: View) -> torch.Tensor:
+    """float32 (b, c, h, w), 0..255: of each picture (c, h', w') a box, turned, at the view's size.
 
     ``u`` (b, 6): share of the area, ratio, top, left, mirror, angle.
     """
-    pictures = view.channels(images) if isinstance(images, torch.Tensor) else view.fitted(images)
     height, width = pictures.shape[-2:]
     limits = view.magnitudes
     share = np.interp(u[:, 0], (0, 1), limits.crop_scale)
@@ -254,14 +255,16 @@ def _mean_level(pixels: torch.Tensor) -> torch.Tensor:
 
 def _turned_hue(pixels: torch.Tensor, saturation: torch.Tensor, hue: npt.NDArray[np.float64]) -> torch.Tensor:
     """Colour differences to the luma scaled by ``saturation`` and turned by ``hue`` radians, in YIQ."""
-    red, green, blue = pixels.split(1, 1)
-    luma = _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
-    i = 0.5959 * red - 0.2746 * green - 0.3213 * blue
-    q = 0.2115 * red - 0.5227 * green + 0.3112 * blue
+    luma, i, q = _mixed(pixels.split(1, 1), _YIQ)
     cos, sin = saturation * _per_item(np.cos(hue)), saturation * _per_item(np.sin(hue))
-    i, q = cos * i - sin * q, sin * i + cos * q
-    turned = [luma + 0.956 * i + 0.619 * q, luma - 0.272 * i - 0.647 * q, luma - 1.106 * i + 1.703 * q]
-    return torch.cat(turned, 1).clamp(0, 255)
+    turned = [luma, cos * i - sin * q, sin * i + cos * q]
+    return torch.cat(_mixed(turned, np.linalg.inv(_YIQ)), 1).clamp(0, 255)
+
+
+def _mixed(channels: Sequence[torch.Tensor], rows: npt.NDArray[np.float64]) -> list[torch.Tensor]:
+    """Three channels from three."""
+    a, b, c = channels
+    return [row[0] * a + row[1] * b + row[2] * c for row in rows.tolist()]
 
 
 def _blurred(pixels: torch.Tensor, sigma: npt.NDArray[np.float64]) -> torch.Tensor:
@@ -286,9 +289,10 @@ def _blurred(pixels: torch.Tensor, sigma: npt.NDArray[np.float64]) -> torch.Tens
     return pixels
 
 
-def _mean_of_neighbours(noise: torch.Tensor) -> torch.Tensor:
-    """Mean over 3 x 3 patches of (..., rows, columns), written out for the same reason."""
-    rows, columns = noise.shape[-2:]
-    padded = F.pad(noise.flatten(0, -3)[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
-    parts = [padded[:, i : i + rows, j : j + columns] for i in range(3) for j in range(3)]
-    return torch.stack(parts).sum(0).reshape(noise.shape)
+def _gathered(noise: torch.Tensor) -> torch.Tensor:
+    """Sum over 3 x 3 patches of (..., rows, columns), round both ways; written out for the same reason.
+
+    A patch counts twice itself: in three rows of three, all patches have the same nine neighbours.
+    """
+    turns = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+    return sum((noise.roll(turn, (-2, -1)) for turn in turns), noise)
