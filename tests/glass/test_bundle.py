@@ -11,8 +11,9 @@ from PIL import Image
 
 from pellucid.data import load_data
 from pellucid.errors import ConfigError
-from pellucid.glass.bundle import collect, png
+from pellucid.glass.bundle import collect
 from pellucid.glass.feed import eval_view
+from pellucid.glass.pictures import png
 from pellucid.glass.report import render
 from pellucid.models import create_model
 from pellucid.training import Run, TrainConfig, train
@@ -45,8 +46,12 @@ def test_every_field_of_the_format_is_there(bundle):
             "parameters",
             "seconds",
             "facts",
+            "learnt",
+            "health",
             "curves",
             "scores",
+            "features",
+            "views",
             "audit",
             "attention",
         } == model.keys()

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import base64
 import datetime
-import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from pellucid import __version__
 from pellucid.data import ImageData, View, eval_loader
 from pellucid.errors import ConfigError
 from pellucid.glass.feed import eval_view
+from pellucid.glass.pictures import thumbnail
+from pellucid.glass.unlabelled import health, learnt, some_of, views, worth
 from pellucid.measure import attention_maps, audit, evaluate, predict
 from pellucid.measure.compare import Comparison
+from pellucid.models.backbone import Backbone
 from pellucid.models.crate import CRATE
+from pellucid.models.mae import CRATEMAE
+from pellucid.steps import ISTA, MHSA, OvercompleteISTA
 from pellucid.training import Run
 
 AUDIT_IMAGES = 256
@@ -46,7 +47,7 @@ def collect(
     """
     subject = runs[0]
     for run in runs:
-        if list(run.model.pretrained_cfg["label_names"]) != images.class_names:
+        if run.model.num_classes and list(run.model.pretrained_cfg["label_names"]) != images.class_names:
             raise ConfigError(
                 f"{run.out} learnt other classes than those of {images.name} - give runs on the same data"
             )
@@ -94,7 +95,12 @@ def _model(run: Run, images: ImageData, progress: Progress) -> dict[str, Any]:
     view = eval_view(model)
     name = run.config.model
     progress(f"scoring {name}")
-    scores = evaluate(model, eval_loader(images.test, view), images.class_names)
+    seen: dict[str, Any] | None = None
+    if model.num_classes:
+        found = evaluate(model, eval_loader(images.test, view), images.class_names)
+        scores: dict[str, Any] | None = {**found.to_dict(), "by": "classifier"}
+    else:
+        scores, seen = worth(run, images)
     progress(f"auditing {name}")
     return {
         "name": name,
@@ -102,8 +108,12 @@ def _model(run: Run, images: ImageData, progress: Progress) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": run.seconds,
         "facts": facts(model),
+        "learnt": learnt(run),
+        "health": health(run),
         "curves": _curves(run),
-        "scores": scores.to_dict(),
+        "scores": scores,
+        "features": seen,
+        "views": views(run, images),
         "audit": audit_or_none(model, images, view),
         "attention": {"images": _attention(model, images, view)},
     }
@@ -120,13 +130,11 @@ def audit_or_none(model: nn.Module, images: ImageData, view: View) -> dict[str, 
 
 def label(model: nn.Module) -> str:
     """What the family is called in print."""
-    return (
-        "CRATE"
-        if isinstance(model, CRATE)
-        else "ViT"
-        if "Vision" in type(model).__name__
-        else type(model).__name__
-    )
+    if isinstance(model, CRATEMAE):
+        return "ViT-MAE" if isinstance(_first_layer(model)["compress"], MHSA) else "CRATE-MAE"
+    if isinstance(model, CRATE):
+        return "CRATE"
+    return "ViT" if "Vision" in type(model).__name__ else type(model).__name__
 
 
 def facts(model: Any) -> list[list[str]]:
@@ -136,61 +144,71 @@ def facts(model: Any) -> list[list[str]]:
         return [["width", str(model.num_features)]]
     rows, columns = embed.grid_size
     pooling = {"token": "class token", "avg": "mean of patches"}.get(model.global_pool, "none")
-    common = [
+    return [
+        ["depth", str(len(model.layers if isinstance(model, Backbone) else model.blocks))],
+        ["width", str(model.num_features)],
+        *_layer_facts(model),
         ["patches", f"{rows} x {columns} of {embed.patch_size[0]} x {embed.patch_size[1]} px"],
         ["tokens", str(rows * columns + model.num_prefix_tokens)],
         ["pooling", pooling],
     ]
-    if not isinstance(model, CRATE):
-        heads = getattr(getattr(model.blocks[0], "attn", None), "num_heads", "?")
-        return [
-            ["depth", str(len(model.blocks))],
-            ["width", str(model.num_features)],
-            ["heads", str(heads)],
-            *common,
+
+
+def _layer_facts(model: Any) -> list[list[str]]:
+    """What the steps of a layer are."""
+    if not isinstance(model, Backbone):
+        return [["heads", str(getattr(getattr(model.blocks[0], "attn", None), "num_heads", "?"))]]
+    compress, sparsify = (_first_layer(model)[name] for name in ("compress", "sparsify"))
+    heads = str(compress.num_heads)
+    if hasattr(compress, "head_dim"):
+        heads += f", subspaces of dimension {compress.head_dim}"
+    found = [["heads", heads], ["compression", type(compress).__name__]]
+    if isinstance(sparsify, ISTA | OvercompleteISTA):
+        found += [
+            ["atoms", str(sparsify.dictionary.shape[1])],
+            ["ISTA step size, sparsity", f"{sparsify.step_size:g}, {sparsify.sparsity:g}"],
         ]
-    first: Any = model.layers[0]
-    compress, sparsify = first["compress"], first["sparsify"]
-    return [
-        ["depth", str(len(model.layers))],
-        ["width", str(model.embed_dim)],
-        ["heads", f"{compress.num_heads}, subspaces of dimension {compress.head_dim}"],
-        ["compression", type(compress).__name__],
-        ["atoms", str(sparsify.dictionary.shape[1])],
-        ["ISTA step size, sparsity", f"{sparsify.step_size:g}, {sparsify.sparsity:g}"],
-        *common,
-    ]
+    if isinstance(model, CRATEMAE):
+        found.append(["decoder", f"{len(model.decoder_layers)} layers"])
+    return found
+
+
+def _first_layer(model: Any) -> Any:
+    return model.layers[0]
 
 
 def _curves(run: Run) -> dict[str, Any]:
-    def column(split: str) -> dict[str, list]:
+    """Of training and test lines every number as a column, with the verdict's state where there is one."""
+
+    def columns(split: str) -> dict[str, list]:
         lines = [line for line in run.metrics if line["split"] == split]
-        return {key: [line.get(key) for line in lines] for key in ("epoch", "loss", "accuracy")}
+        keys = dict.fromkeys(["epoch", "loss", "accuracy", *(key for line in lines for key in line)])
+        left_out = ("step", "split", "lr_factor", "verdict")
+        return {key: [line.get(key) for line in lines] for key in keys if key not in left_out}
 
-    return {"train": column("train"), "test": column("test")}
+    return {"train": columns("train"), "test": columns("test")}
 
 
-def _attention(model: nn.Module, images: ImageData, view: View) -> list[dict[str, Any]]:
+def _attention(model: Any, images: ImageData, view: View) -> list[dict[str, Any]]:
     """Sample test images, one of each of the first classes, with the attention of every layer and head."""
-    labels = images.test.labels
-    first = [int((labels == k).nonzero()[0, 0]) for k in labels.unique()[:SHOWN_IMAGES]]
-    indices = torch.tensor(first)
-    batch = view.batch([images.test.image(i) for i in first], indices)
+    chosen = some_of(images.test, SHOWN_IMAGES)
+    batch = view.batch([images.test.image(i) for i in chosen], chosen)
     maps = attention_maps(model, batch)
-    guesses = predict(model, batch).argmax(-1).tolist()
+    names, labels = images.class_names, images.test.labels
+    guesses = predict(model, batch).argmax(-1).tolist() if model.num_classes else []
     return [
         {
-            "png": png(batch[row], view),
+            "png": thumbnail(batch[row], view, 112),
             "name": images.test.name(i),
-            "label": images.class_names[int(labels[i])],
-            "predicted": images.class_names[guesses[row]],
+            "label": names[int(labels[i])] if labels[i] >= 0 else None,
+            "predicted": names[guesses[row]] if guesses else None,
             "grid": _grid(model, batch) if maps else None,
             "layers": [
                 {"layer": layer, "heads": [[round(v, 5) for v in head] for head in weights[row].tolist()]}
                 for layer, weights in maps.items()
             ],
         }
-        for row, i in enumerate(first)
+        for row, i in enumerate(chosen)
     ]
 
 
@@ -202,16 +220,6 @@ def _embedding(model: Any) -> Any:
 def _grid(model: Any, batch: Tensor) -> list[int]:
     embed: Any = _embedding(model)
     return [side // patch for side, patch in zip(batch.shape[-2:], embed.patch_size, strict=True)]
-
-
-def png(image: Tensor, view: View) -> str:
-    """A normalised image (c, h, w) as the model sees it, as a data URI."""
-    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (view.mean, view.std))
-    pixels = ((image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-    array = pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _data(images: ImageData, view: View) -> dict[str, Any]:

@@ -45,6 +45,15 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Band:
+    """A stretch of the horizontal axis in which something was the matter, and what."""
+
+    start: float
+    end: float
+    label: str
+
+
+@dataclass(frozen=True)
 class Scale:
     """A map from values ``low..high`` to pixels ``start..end``, linear or logarithmic."""
 
@@ -144,10 +153,7 @@ def _shared(names: Sequence[str]) -> int:
     return sum(1 for _ in takewhile(lambda letters: len(set(letters)) == 1, together))
 
 
-def mark(role: int, x: float, y: float, *, open_: bool = False, size: float = 3.5, extra: str = "") -> Html:
-    """A model's mark; the shape says which model, an open one the value in the middle of a layer."""
-    class_ = " ".join(part for part in (f"m s{min(role, 3)}", "open" if open_ else "", extra) if part)
-    shape = SHAPES[min(role, 3)]
+def _shape(shape: str, x: float, y: float, size: float, class_: str) -> Html:
     if shape == "circle":
         return tag("circle", cx=x, cy=y, r=size, class_=class_)
     if shape == "square":
@@ -159,6 +165,12 @@ def mark(role: int, x: float, y: float, *, open_: bool = False, size: float = 3.
     a, b = size, 2 * size
     path = f"M{x - a:.1f} {y - a:.1f}l{b} {b}m0 {-b}l{-b} {b}"
     return tag("path", d=path, class_=f"{class_} cross")
+
+
+def mark(role: int, x: float, y: float, *, open_: bool = False, size: float = 3.5, extra: str = "") -> Html:
+    """A model's mark; the shape says which model, an open one the value in the middle of a layer."""
+    class_ = " ".join(part for part in (f"m s{min(role, 3)}", "open" if open_ else "", extra) if part)
+    return _shape(SHAPES[min(role, 3)], x, y, size, class_)
 
 
 def legend(entries: Iterable[tuple[str, Series]], note: str = "") -> Html:
@@ -218,9 +230,14 @@ class Axes:
 
 
 def line_chart(
-    title: str, lines: Sequence[Series], axes: Axes, marks: Sequence[Series] = (), height: int = 190
+    title: str,
+    lines: Sequence[Series],
+    axes: Axes,
+    marks: Sequence[Series] = (),
+    height: int = 190,
+    bands: Sequence[Band] = (),
 ) -> Html:
-    """Lines over a common axis. ``marks`` are further values that no line joins.
+    """Lines over a common axis. ``marks`` are further values that no line joins, ``bands`` shade a part.
 
     With ``axes.log`` values that are not positive are left out. Empty if nothing is left to draw.
     """
@@ -234,7 +251,14 @@ def line_chart(
     x = Scale(left, right, 52, WIDTH - 10)
     drawn = [_curve(series, x, y, dots=len(series.points) <= 26) for series in reversed(lines)]
     loose = [mark(s.role, x(a), y(b), open_=True, size=2.8) for s in reversed(marks) for a, b in s.points]
-    return _svg(title, WIDTH, height, _grid(x, y, axes, height), *drawn, *loose)
+    shaded = [_shaded(band, x, y) for band in bands if band.end > left and band.start < right]
+    return _svg(title, WIDTH, height, *shaded, _grid(x, y, axes, height), *drawn, *loose)
+
+
+def _shaded(band: Band, x: Scale, y: Scale) -> Html:
+    start, end = x(max(band.start, x.low)), x(min(band.end, x.high))
+    box = {"x": start, "y": y.end, "width": max(end - start, 2.0), "height": y.start - y.end}
+    return tag("rect", tag("title", band.label), class_="band", **box)
 
 
 def _positive(series: Series, log: bool) -> Series:
@@ -469,6 +493,92 @@ def _overlap(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
+CLASSES = 10
+"""Classes that are told apart on a map, by colour and shape."""
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """The points of one class; ``number`` chooses colour and shape, None those of the rest."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    number: int | None
+
+
+def class_mark(number: int | None, x: float, y: float, size: float = 3.2) -> Html:
+    """A class's mark."""
+    if number is None:
+        return _shape("circle", x, y, size - 1, "m k")
+    return _shape(SHAPES[number % len(SHAPES)], x, y, size, f"m k k{number % CLASSES}")
+
+
+def point_map(title: str, clouds: Sequence[Cloud], height: int = 300) -> Html:
+    """Points in a plane, both axes of one scale; a name stands in the middle of its class."""
+    points = [p for cloud in clouds for p in cloud.points]
+    if not points:
+        return Html("")
+    x, y = _plane([p[0] for p in points], [p[1] for p in points], WIDTH, height)
+    drawn, names = [], []
+    for cloud in clouds:
+        marks = [class_mark(cloud.number, x(a), y(b)) for a, b in cloud.points]
+        drawn.append(tag("g", tag("title", cloud.label), *marks))
+        if cloud.number is not None and cloud.points:
+            a, b = (sorted(values)[len(values) // 2] for values in zip(*cloud.points, strict=True))
+            names.append(_text(x(a), y(b) + 4, clip(cloud.label, 14), "middle", "halo"))
+    frame = tag("rect", x=0.5, y=0.5, width=WIDTH - 1, height=height - 1, class_="frame")
+    return _svg(title, WIDTH, height, frame, *drawn, *names)
+
+
+def _plane(xs: Sequence[float], ys: Sequence[float], width: float, height: float) -> tuple[Scale, Scale]:
+    """Scales for both axes, as large as fits, with the points in the middle."""
+    pad = 14
+    wide, high = max(xs) - min(xs), max(ys) - min(ys)
+    unit = min((width - 2 * pad) / (wide or 1e-12), (height - 2 * pad) / (high or 1e-12))
+    reach = (width / unit / 2, height / unit / 2)
+    across, up = (min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2
+    return (
+        Scale(across - reach[0], across + reach[0], 0, width),
+        Scale(up - reach[1], up + reach[1], height, 0),
+    )
+
+
+def class_legend(clouds: Sequence[Cloud]) -> Html:
+    """What the marks of a map mean."""
+    shown = []
+    for cloud in clouds:
+        sample = tag("svg", class_mark(cloud.number, 6, 6, 4), width=12, height=12, aria_hidden="true")
+        shown.append(tag("span", sample, " ", clip(cloud.label, 40)))
+    return tag("p", *shown, class_="legend")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A picture (data URI) on a grid; ``coarse`` keeps its pixels squares."""
+
+    label: str
+    column: int
+    row: int
+    picture: str
+    coarse: bool
+
+
+def tile_map(title: str, tiles: Sequence[Tile], columns: int, rows: int, width: int = 685) -> Html:
+    """Pictures at their places on a grid of cells."""
+    if not tiles:
+        return Html("")
+    cell = width / columns
+    height = round(cell * rows)
+    drawn = []
+    for tile in tiles:
+        place = {"x": tile.column * cell + 1, "y": tile.row * cell + 1, "width": cell - 2, "height": cell - 2}
+        class_ = "coarse" if tile.coarse else None
+        image = tag("image", tag("title", tile.label), href=tile.picture, class_=class_, **place)
+        drawn.append(image)
+    frame = tag("rect", x=0.5, y=0.5, width=width - 1, height=height - 1, class_="frame")
+    return _svg(title, width, height, frame, *drawn)
+
+
 def bar_chart(title: str, bars: Sequence[tuple[str, float]]) -> Html:
     """Horizontal bars of shares from zero, one row each: the name on the left, the value on the right."""
     step, room = 20, 7.0
@@ -624,11 +734,16 @@ def _png(rows: Sequence[bytes]) -> bytes:
 
 __all__ = [
     "Axes",
+    "Band",
+    "Cloud",
     "Dots",
     "Pair",
     "Series",
     "Spot",
+    "Tile",
     "bar_chart",
+    "class_legend",
+    "class_mark",
     "dot_plot",
     "dumbbell_chart",
     "heat_map",
@@ -637,5 +752,7 @@ __all__ = [
     "legend",
     "line_chart",
     "pixel_map",
+    "point_map",
     "scatter",
+    "tile_map",
 ]

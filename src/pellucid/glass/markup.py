@@ -6,11 +6,13 @@ therefore reaches the page as text whatever it contains, without anybody having 
 
 from __future__ import annotations
 
+import base64
 import html
 import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 NBSP = "\u00a0"
 THIN = "\u202f"
@@ -18,12 +20,16 @@ MINUS = "\u2212"
 NONE = "\u2013"
 """What stands where a number is missing."""
 
+MAX_SHOT = 100_000
+"""Characters of one of several pictures in a row; a larger one is left out."""
+
 _VOID = {"img", "meta", "br"}
 # Controls break parsers, lone surrogates (undecodable file names) break the encoder, and the
 # bidirectional overrides can make a file name read as another one.
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
 )
+_PICTURE = re.compile(r"data:image/(png|jpeg|webp|gif);base64,[A-Za-z0-9+/]+={0,2}")
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 Attribute = str | int | float | bool | None
@@ -101,6 +107,39 @@ def figure(heading: str, picture: str, *sentences: str, wide: bool = False) -> H
 def panels(*figures: str) -> Html:
     """Figures side by side where there is room, below each other where there is not."""
     return tag("div", *figures, class_="panels")
+
+
+def is_picture(uri: object, most: int) -> TypeGuard[str]:
+    """Whether ``uri`` is a picture inside the page, of at most so many characters."""
+    return isinstance(uri, str) and len(uri) <= most and _PICTURE.fullmatch(uri) is not None
+
+
+def is_coarse(uri: str) -> bool:
+    """Whether a picture is so small that its pixels should stay squares (width of the PNG header)."""
+    kind, _, data = uri.partition(",")
+    if "png" not in kind or len(data) < 64:
+        return False
+    return int.from_bytes(base64.b64decode(data[:32])[16:20], "big") <= 64
+
+
+def shot(uri: object, name: str, *lines: str, class_: str = "") -> Html:
+    """One of several pictures in a row, with a few words below; nothing if ``uri`` is no picture."""
+    if not is_picture(uri, MAX_SHOT):
+        return Html("")
+    coarse = "coarse" if is_coarse(uri) else None
+    said = [tag("span", line) for line in lines if line]
+    return tag(
+        "figure",
+        tag("img", src=uri, alt=name, title=name, class_=coarse),
+        tag("figcaption", *said) if said else "",
+        class_=f"shot {class_}".strip(),
+    )
+
+
+def strip(label: str, shots: Sequence[str]) -> Html:
+    """Pictures in a row that wraps; nothing if there are none."""
+    kept = [each for each in shots if each]
+    return tag("div", *kept, class_="strip", role="group", aria_label=label) if kept else Html("")
 
 
 @dataclass(frozen=True)

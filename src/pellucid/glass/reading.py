@@ -88,6 +88,10 @@ class Fields:
         """The field as a list of finite floats, ``None`` where one is missing."""
         return [finite(value) for value in self.values(key)]
 
+    def texts(self, key: str) -> list[str]:
+        """The field as a list of text, empty where one is missing."""
+        return [words(value) for value in self.values(key)]
+
     def one(self, key: str) -> Fields:
         """The field as a nested dict."""
         return Fields(self.raw(key))
@@ -192,6 +196,23 @@ class Model:
     def descends(self) -> bool | None:
         """The verdict of the audit; ``None`` where there is no objective to hold the layers to."""
         return self.audit.one("verdict").flag("descends")
+
+    @cached_property
+    def learnt(self) -> Fields:
+        return self.fields.one("learnt")
+
+    @property
+    def unlabelled(self) -> bool:
+        """Whether it learnt without labels: its features stand where others have a classifier."""
+        return self.learnt.flag("labels") is False
+
+    @cached_property
+    def features(self) -> Fields:
+        return self.fields.one("features")
+
+    @cached_property
+    def health(self) -> Fields:
+        return self.fields.one("health")
 
     @property
     def interval(self) -> tuple[float, float] | None:

@@ -15,11 +15,14 @@ from pellucid.glass.sections.attention import attention
 from pellucid.glass.sections.audit import audit
 from pellucid.glass.sections.compare import compared, cost, descent, precision
 from pellucid.glass.sections.data import data, reproduce
+from pellucid.glass.sections.features import feature_map, neighbours
 from pellucid.glass.sections.fitted import fitted, pictures
 from pellucid.glass.sections.headline import headline
+from pellucid.glass.sections.health import health
 from pellucid.glass.sections.learning import learning
 from pellucid.glass.sections.model import model
 from pellucid.glass.sections.tokens import tokens
+from pellucid.glass.sections.views import views
 
 Maker = Callable[[Bundle], Html]
 
@@ -34,6 +37,16 @@ SECTIONS = {
     "reproduce": ("reproduce", reproduce),
 }
 """Anchor, name in the contents, and maker of every section, in reading order."""
+
+UNLABELLED_SECTIONS = {
+    "views": ("what it learnt from", views),
+    "learning": ("learning", health),
+    "neighbours": ("neighbours", neighbours),
+    "map": ("the map", feature_map),
+    "accuracy": ("accuracy", accuracy),
+    **{name: SECTIONS[name] for name in ("model", "audit", "tokens", "attention", "data", "reproduce")},
+}
+"""The same where the subject learnt without labels."""
 
 COMPARISON_SECTIONS = {
     "accuracy": ("accuracy", precision),
@@ -62,7 +75,8 @@ def render(bundle: dict) -> str:
     """
     read = Bundle.read(bundle)
     title = read.fields.text("title", read.subject.label)
-    return _page(title, headline(read), read, SECTIONS)
+    sections = UNLABELLED_SECTIONS if read.subject.unlabelled else SECTIONS
+    return _page(title, headline(read), read, sections)
 
 
 def render_comparison(bundle: dict) -> str:

@@ -57,6 +57,8 @@ def accuracy(bundle: Bundle) -> Html:
     drawn = [_map(model, matrix, names) if few else "", _bars(classes, names)]
     pictures = panels(*(part for part in drawn if part)) if any(drawn) else ""
     heading = "Accuracy by class" if classes else "Which classes are taken for which"
+    if model.scores.text("by") == "neighbours":
+        heading += ", by nearest neighbours"
     tables = tag("div", _class_table(classes, names), _confusions(matrix, names), class_="beside")
     numbers = _matrix_table(matrix, names) if few else ""
     return section("accuracy", heading, lead, pictures, tables, numbers, _note() if classes else "")

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import base64
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from pellucid.glass import charts
-from pellucid.glass.markup import Html, folded, paragraph, percent, plural, section, tag
+from pellucid.glass.markup import (
+    Html,
+    folded,
+    is_coarse,
+    is_picture,
+    paragraph,
+    percent,
+    plural,
+    section,
+    tag,
+)
 from pellucid.glass.reading import Bundle, Fields, Model, finite, sequence
 
 MAX_MAPS = 1500
@@ -16,8 +24,6 @@ MAX_MAPS = 1500
 
 MAX_PICTURES = 400_000
 """Characters of sample pictures in one report."""
-
-_PICTURE = re.compile(r"data:image/(png|jpeg|webp|gif);base64,[A-Za-z0-9+/]+={0,2}")
 
 
 @dataclass
@@ -32,7 +38,7 @@ class Budget:
         """An id for the picture; ``None`` if it is none or the file would become too large."""
         if png in self.pictures:
             return self.pictures[png]
-        if len(png) > self.characters or not _PICTURE.fullmatch(png):
+        if not is_picture(png, self.characters):
             return None
         self.characters -= len(png)
         self.pictures[png] = f"picture-{len(self.pictures)}"
@@ -96,20 +102,13 @@ def _store(budget: Budget) -> Html:
     images = [
         tag(
             "symbol",
-            tag("image", href=png, width=64, height=64, class_="coarse" if _coarse(png) else None),
+            tag("image", href=png, width=64, height=64, class_="coarse" if is_coarse(png) else None),
             id=name,
             **box,
         )
         for png, name in budget.pictures.items()
     ]
     return tag("svg", *images, width=0, height=0, class_="store", aria_hidden="true")
-
-
-def _coarse(png: str) -> bool:
-    """Whether a picture is so small that its pixels should stay squares (width of the PNG header)."""
-    kind, _, data = png.partition(",")
-    header = base64.b64decode(data[:32] + "=" * (-len(data[:32]) % 4))
-    return "png" in kind and len(header) >= 20 and int.from_bytes(header[16:20], "big") < 64
 
 
 def _affordable(samples: list[Sample], budget: Budget) -> list[Sample]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from pellucid.glass import charts
 from pellucid.glass.markup import (
     Cell,
@@ -11,6 +9,7 @@ from pellucid.glass.markup import (
     count,
     duration,
     figure,
+    is_picture,
     number,
     panels,
     paragraph,
@@ -22,7 +21,6 @@ from pellucid.glass.markup import (
 )
 from pellucid.glass.reading import Bundle, Fields, finite, sequence, words
 
-_PICTURE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+={0,2}")
 MAX_CHARACTERS = 2_000_000
 """Of a picture; a larger one is left out."""
 
@@ -86,7 +84,7 @@ def _drawn(fields: Fields) -> Html:
 
 def _sheet(fields: Fields) -> Html:
     raw = fields.raw("png")
-    if not isinstance(raw, str) or len(raw) > MAX_CHARACTERS or not _PICTURE.fullmatch(raw):
+    if not is_picture(raw, MAX_CHARACTERS):
         return Html("")
     return tag(
         "div", tag("img", src=raw, alt=fields.text("heading", "pictures"), class_="coarse"), class_="scroll"
