@@ -541,8 +541,8 @@ def convert(
     Parameters
     ----------
     file
-        A .pth, .pt, .bin, .npz or .safetensors file of CRATE, CRATE-alpha, CRATE-MAE, ToST, DINO, DINOv2,
-        SimDINO or SimDINOv2.
+        A .pth, .pt, .bin, .npz or .safetensors file of CRATE, CRATE-alpha, CRATE-MAE, ToST (for images or
+        language), crate-lm, DINO, DINOv2, SimDINO or SimDINOv2.
     out
         The folder to write.
     key
@@ -554,6 +554,7 @@ def convert(
     overwrite
         Replace the model in --out.
     """
+    from pellucid.models import LanguageModel
     from pellucid.models.foreign import read_foreign
     from pellucid.models.published import open_published
 
@@ -567,6 +568,14 @@ def convert(
     say(f"recognised: {found.family}, as {found.model.architecture} with {sizes}")
     if found.ignored:
         say(f"left out, {len(found.ignored)} keys that the model has no use for: {', '.join(found.ignored)}")
+    if isinstance(found.model, LanguageModel):
+        if class_names is not None:
+            raise ConfigError("--class-names goes with images, and this model reads text - leave it out")
+        parameters = _save_text_model(found.model, out)
+        say(f"written: {out}, {parameters / 1e6:.3f} M parameters, {found.model.vocab_size:,} words")
+        say("")
+        say(f'What to try next: pellucid.load("{out}") and pellucid.generate(...) in Python')
+        return
     count = found.model.num_classes
     names = _read_names(class_names, count) if class_names else [f"class {i}" for i in range(count)]
     parameters = _save_model(found.model, out, names)
@@ -837,7 +846,7 @@ def pack(
 
 @app.command
 def models(pattern: str = "") -> None:
-    """Names that --model takes, with their sizes. Any timm name works as well.
+    """Names that --model takes, with their sizes. For images any timm name works as well.
 
     Parameters
     ----------
@@ -846,10 +855,10 @@ def models(pattern: str = "") -> None:
     """
     import torch
 
-    from pellucid.models import create_model, list_models
+    from pellucid.models import LanguageModel, create_model, list_models
     from pellucid.models.create import some_models
 
-    shown = [name for name in list_models() if pattern in name]
+    shown = [name for name in list_models() + list_models("text") if pattern in name]
     if not shown:
         raise ConfigError(f"no model of ours has '{pattern}' in its name - known: {', '.join(some_models())}")
     wide = max(map(len, shown))
@@ -857,8 +866,12 @@ def models(pattern: str = "") -> None:
         with torch.device("meta"):
             model: Any = create_model(name)
         count = sum(p.numel() for p in model.parameters())
-        channels, height, width = model.pretrained_cfg["input_size"]
-        say(f"{name:<{wide}} {count / 1e6:8.3f} M parameters   {height} x {width} x {channels}")
+        if isinstance(model, LanguageModel):
+            takes = f"text, {model.context:,} tokens of {model.vocab_size:,} words"
+        else:
+            channels, height, width = model.pretrained_cfg["input_size"]
+            takes = f"{height} x {width} x {channels}"
+        say(f"{name:<{wide}} {count / 1e6:8.3f} M parameters   {takes}")
 
 
 @app.command
@@ -1036,9 +1049,12 @@ def _train(options: dict[str, Any], resume: bool, overwrite: bool) -> Run:
 
     options = dict(options)
     run = fit(options.pop("data", ""), **options, resume=resume, overwrite=overwrite, say=say)
-    accuracy = "" if run.accuracy is None else f", test accuracy {run.accuracy:.2%}"
     if rank() == 0:
-        say(f"{run.config.model}: trained in {run.seconds:.1f} s{accuracy}, in {run.out}")
+        found = {"test accuracy": run.accuracy, "test knn accuracy": run.measures.get("knn accuracy")}
+        worth = "".join(f", {name} {value:.2%}" for name, value in found.items() if value is not None)
+        say(f"{run.config.model}: trained in {run.seconds:.1f} s{worth}, in {run.out}")
+        if verdict := next((line["verdict"] for line in reversed(run.metrics) if "verdict" in line), ""):
+            say(f"{run.config.model}: {verdict}")
     return run
 
 
@@ -1051,7 +1067,11 @@ def _train_and_report(
     if beside is not None:
         from pellucid.models import create_model
 
-        create_model(beside)  # a name that is wrong is told before the first has trained, not after
+        other = create_model(beside)  # a name that is wrong is told before the first has trained, not after
+        if options.get("objective") == "mae":
+            from pellucid.training.masked import MAE
+
+            MAE(other)  # and so is a model without a decoder
     run = _train(options, resume, overwrite)
     runs = [run]
     if beside is not None:
@@ -1071,7 +1091,7 @@ def _shared_sizes(run: Run) -> dict[str, Any]:
     return {
         k: v
         for k, v in run.config.model_args.items()
-        if k in ("img_size", "patch_size", "embed_dim", "depth")
+        if k in ("img_size", "patch_size", "embed_dim", "depth", "global_pool")
     }
 
 
@@ -1231,11 +1251,9 @@ def _read_names(path: Path, count: int) -> list[str]:
 
 def _save_model(model: Any, out: Path, names: list[str]) -> int:
     """A model/ folder, whole or not at all; images are scaled as for ImageNet. Returns its parameters."""
-    from safetensors.torch import save
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-    from pellucid.models.saved import CONFIG, WEIGHTS, describe_model
-    from pellucid.training.checkpoint import new_folder, write_flushed
+    from pellucid.models.saved import describe_model
 
     weights = {name: value.contiguous().clone() for name, value in model.state_dict().items()}
     channels = model.model_args["in_chans"]
@@ -1250,6 +1268,24 @@ def _save_model(model: Any, out: Path, names: list[str]) -> int:
         in_chans=channels,
     )
     config["pretrained_cfg"].pop("license", None)  # of the architecture's own weights, which these are not
+    return _write_model(config, weights, out)
+
+
+def _save_text_model(model: Any, out: Path) -> int:
+    """A model/ folder of a language model, whole or not at all. Returns its parameters."""
+    from pellucid.models.saved import describe_text_model
+
+    weights = {name: value.contiguous().clone() for name, value in model.state_dict().items()}
+    return _write_model(describe_text_model(model, weights), weights, out)
+
+
+def _write_model(config: dict[str, Any], weights: dict[str, Any], out: Path) -> int:
+    """Both files or neither. Returns the number of parameters."""
+    from safetensors.torch import save
+
+    from pellucid.models.saved import CONFIG, WEIGHTS
+    from pellucid.training.checkpoint import new_folder, write_flushed
+
     data = save(weights, metadata={"format": "pt"})
     try:
         with new_folder(out) as scratch:
