@@ -19,9 +19,10 @@ Augment = Literal["auto", "none", "small", "photo"]
 Precision = Literal["32", "bf16"]
 Engine = Literal["lightning", "plain"]
 Accelerator = Literal["auto", "cpu", "gpu", "cuda", "mps"]
+Strategy = Literal["auto", "ddp", "fsdp"]
 
 FREE = {"out", "workers", "threads", "save_every", "download", "data_root", "engine"}
-FREE |= {"accelerator", "devices", "nodes"}
+FREE |= {"accelerator", "devices", "nodes", "strategy", "stop_on_collapse"}
 """What a resumed run may change: where and how it runs, not what it computes."""
 
 
@@ -70,6 +71,8 @@ class TrainConfig:
         threads: of the CPU; 0 takes one for steps so small that threads would only wait for each other.
         engine: ``lightning``, or ``plain`` for the loop in ``training/loops.py``.
         accelerator, devices, nodes: as lightning takes them.
+        strategy: of several devices; ``fsdp`` cuts weights and the optimiser's state up over them, ``ddp``
+            gives all to each, as ``auto`` does.
     """
 
     data: str
@@ -112,6 +115,7 @@ class TrainConfig:
     accelerator: Accelerator = "auto"
     devices: int | str = 1
     nodes: int = 1
+    strategy: Strategy = "auto"
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))

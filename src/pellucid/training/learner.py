@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from pellucid.errors import NumericsError
 from pellucid.training.objective import Objective
+from pellucid.training.ranks import whole
 from pellucid.training.recipe import Average, MuonAdamW, cosine, cosine_with_warmup
 
 
@@ -43,6 +45,7 @@ class Learner:
         seed: int = 0,
     ) -> None:
         self.objective, self.optimizer, self.weight_decay = objective, optimizer, weight_decay
+        self.plain = objective  # what measures, and holds the result; a copy where the objective is cut up
         self.model: nn.Module = objective.model
         self.total_steps, self.warmup, self.clip, self.seed = total_steps, warmup, clip, seed
         self.average = Average(self.model, average) if average else None
@@ -69,7 +72,7 @@ class Learner:
                 optimiser, average and step are as before the call.
         """
         parameters = [p for p in self.objective.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         finite_loss, self._finite = self._finite, None
         bad_loss = finite_loss is not None and not bool(finite_loss)
         if self.any_rank(bad_loss or not bool(norm.isfinite())):
@@ -97,6 +100,23 @@ class Learner:
         return self.objective.handed_over() if self.average is None else self.average.weights
 
     def follow_model(self) -> None:
+    @contextmanager
+    def measured(self, keep: bool = True) -> Iterator[tuple[Objective, Mapping[str, Tensor]]]:
+        """An objective to measure with, and the weights of its model that the run would hand over now.
+
+        Every process of a run asks; one that does not ``keep`` them only helps to put them together.
+        """
+        if self.plain is self.objective:
+            yield self.objective, self.final_weights()
+            return
+        state = _put_together(self.objective.state_dict(), keep)
+        average = None if self.average is None else _put_together(self.average.weights, keep)
+        if keep:
+            self.plain.load_state_dict(state)
+            self.plain.to(next(self.objective.parameters()).device)
+        yield self.plain, self.plain.handed_over() if average is None else average
+        self.plain.cpu()
+
         """Bring the optimiser's state and the average to the device that the model has moved to."""
         self.optimizer.load_tensors(self.optimizer.tensors())
         if self.average is not None:
@@ -111,6 +131,10 @@ class Learner:
         return state
 
     def load_tensors(self, tensors: Mapping[str, Tensor], step: int) -> None:
+    def whole_tensors(self, keep: bool = True) -> dict[str, Tensor]:
+        """As :meth:`tensors`, put together where they are cut up, for a process that is to ``keep`` them."""
+        return self.tensors() if self.plain is self.objective else _put_together(self.tensors(), keep)
+
         """The inverse of :meth:`tensors`."""
         parts: dict[str, dict[str, Tensor]] = {"objective": {}, "optimizer": {}, "average": {}}
         for key, value in tensors.items():
@@ -125,5 +149,15 @@ class Learner:
 
 
 def _mix(seed: int, step: int, micro: int) -> int:
+def _put_together(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Whole tensors on the CPU, one after the other; every process takes part."""
+    found = {}
+    for name, value in tensors.items():
+        together = whole(value.detach())
+        if keep:
+            found[name] = together.cpu()
+    return found
+
+
     """A 63-bit seed that differs for every (seed, step, micro-batch) in reach."""
     return (seed * 1_000_003 + step * 8_191 + micro) * 2_654_435_761 % (1 << 63)

@@ -74,14 +74,14 @@ class Lifeline:
 
     def connect(self, address: str) -> None:
         """Hold on to the first process, which is reached at ``address``. Every process calls it."""
-        server, told = None, [0, ""]
+        server, told = None, ["", ""]
         if rank() == 0:
             server = socket.create_server(("127.0.0.1" if _is_here(address) else "", 0), backlog=world())
-            told = [server.getsockname()[1], secrets.token_hex(16)]
+            told = [str(server.getsockname()[1]), secrets.token_hex(16)]
         dist.broadcast_object_list(told, 0)
         port, key = told
         if server is not None:
-            self._in_background(self._accept, server, str(key))
+            self._in_background(self._accept, server, key)
             return
         try:
             peer = socket.create_connection((address, int(port)), timeout=20)

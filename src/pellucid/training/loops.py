@@ -74,6 +74,7 @@ def fit_lightning(
     accelerator: str = "auto",
     devices: int | str = 1,
     nodes: int = 1,
+    strategy: str = "auto",
     remedy: Callable[[], str] = lambda: "start again",
 ) -> None:
     """Train under lightning, which brings devices, nodes, launchers and precision.
@@ -84,6 +85,7 @@ def fit_lightning(
 
     Args:
         make_batches: ``(rank, world) -> micro-batches`` of that rank.
+        strategy: of several processes; ``fsdp`` cuts the learner up over them, else each holds all of it.
         begin: called when the learner is in its place.
         remedy: what to tell the user when one of several processes is lost.
 
@@ -98,6 +100,7 @@ def fit_lightning(
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
         warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # the teacher
         several = nodes > 1 or str(devices) != "1"
+        together = Sharded if strategy == "fsdp" else Together
         with _plainly(MisconfigurationException, ValueError, RuntimeError):
             # Lightning's own way of going on after SLURM's time limit would save beside ours.
             slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
@@ -105,7 +108,7 @@ def fit_lightning(
                 accelerator=accelerator,
                 devices=devices,
                 num_nodes=nodes,
-                strategy=Together(lifeline) if several else "auto",
+                strategy=together(lifeline, learner) if several else "auto",
                 plugins=slurm,  # type: ignore[arg-type]
                 precision=PRECISIONS[precision],  # type: ignore[arg-type]
                 max_epochs=1,
@@ -134,9 +137,9 @@ def _plainly(*refusals: type[Exception]) -> Iterator[None]:
 class Together(DDPStrategy):
     """Processes that hold the same weights and add up their gradients, and notice when one is gone."""
 
-    def __init__(self, lifeline: Lifeline) -> None:
+    def __init__(self, lifeline: Lifeline, learner: Learner) -> None:
         super().__init__()
-        self.lifeline = lifeline
+        self.lifeline, self.learner = lifeline, learner
 
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
@@ -148,6 +151,25 @@ class Together(DDPStrategy):
         super().setup_environment()
         assert self.cluster_environment is not None
         self.lifeline.connect(self.cluster_environment.main_address)
+
+
+class Sharded(Together):
+    """Processes each of which holds its rows of every matrix: FSDP2, without a wrapper."""
+
+    def model_to_device(self) -> None:
+        from pellucid.training.sharding import shard
+
+        shard(self.learner, self.root_device)  # layer by layer: whole, it may not fit there
+
+    def configure_ddp(self) -> None:
+        pass
+
+    def teardown(self) -> None:
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()  # and the rows stay where they are: they are to be put together yet
 
 
 class _Launcher(_SubprocessScriptLauncher):

@@ -73,3 +73,9 @@ def whole(value: Tensor) -> Tensor:
 def local(value: Tensor) -> Tensor:
     """This process's rows of such a tensor, in its own storage."""
     return value.to_local() if hasattr(value, "to_local") else value
+
+
+def own_rows(value: Tensor, like: Tensor) -> Tensor:
+    """The rows of a whole tensor that this process holds of ``like``, which is cut over processes."""
+    rows = value.chunk(world())
+    return rows[rank()] if rank() < len(rows) else value[:0]

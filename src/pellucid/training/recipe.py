@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
+
+from pellucid.training.ranks import local, own_rows, whole
 
 
 class MuonAdamW(Optimizer):
@@ -70,7 +72,10 @@ class MuonAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for part in self.parts:
-            part.step()
+            if isinstance(part, Muon) and any(hasattr(p, "full_tensor") for p in self._parameters(part)):
+                _muon_by_rows(part)
+            else:
+                part.step()
         return loss
 
     def set_lr(self, factor: float) -> None:
@@ -83,6 +88,20 @@ class MuonAdamW(Optimizer):
         for group in self.param_groups:
             if group["decays"]:
                 group["weight_decay"] = weight_decay
+
+    def replace(self, parameters: Mapping[Tensor, nn.Parameter]) -> None:
+        """Go on with others in the place of the parameters, and with their state."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["params"] = [parameters[p] for p in group["params"]]
+            for parameter in list(part.state):
+                part.state[parameters[parameter]] = part.state.pop(parameter)
+
+    def map_state(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """``function(parameter, value)`` in the place of every value of the state."""
+        for part in self.parts:
+            for parameter, slots in part.state.items():
+                part.state[parameter] = {slot: function(parameter, value) for slot, value in slots.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """State tensors by ``parameter/slot``, in the optimiser's own storage."""
@@ -103,12 +122,41 @@ class MuonAdamW(Optimizer):
             device = value.device if value.dim() == 0 else parameter.device
             part.state[parameter][slot] = value.clone().to(device)
 
+    @staticmethod
+    def _parameters(part: Optimizer) -> list[nn.Parameter]:
+        return [parameter for group in part.param_groups for parameter in group["params"]]
+
     def _slots(self) -> Iterator[tuple[str, str, Tensor]]:
         for part in self.parts:
             for group in part.param_groups:
                 for name, parameter in zip(group["param_names"], group["params"], strict=True):
                     for slot, value in part.state.get(parameter, {}).items():
                         yield name, slot, value
+
+
+def _muon_by_rows(muon: Muon) -> None:
+    """A step of Muon on matrices that are cut by rows over processes.
+
+    The update is the nearest orthogonal matrix to the *whole* momentum. Iterated on rows, as PyTorch's would
+    be, products of bfloat16 numbers are summed in another order, and updates differ by percents; so every
+    process gathers each matrix in turn and finds the whole update. Muon without momentum, from zero, with the
+    momentum for a gradient, moves by exactly that.
+    """
+    for group in muon.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            state = muon.state[parameter]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+            momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
+            update = parameter.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+            moved = nn.Parameter(torch.zeros(parameter.shape, device=parameter.device))
+            moved.grad = whole(update)
+            settings = {k: group[k] for k in ("lr", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
+            Muon([moved], momentum=0, nesterov=False, weight_decay=0, **settings).step()
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            local(parameter).add_(own_rows(moved.detach(), parameter))
 
 
 def split_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], ...]:

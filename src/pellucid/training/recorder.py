@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from pellucid.errors import Collapsed, Stopped
+from pellucid.errors import Collapsed, NumericsError, Stopped
 from pellucid.training.checkpoint import save_checkpoint, saving, thread_fingerprint, write_file
 from pellucid.training.health import Verdict
 from pellucid.training.learner import Learner
@@ -122,6 +122,7 @@ class Recorder:
         self.clock = Throughput(waited, images_per_step)
         self.history: list[dict[str, float]] = []
         self.health: Verdict | None = None
+        self.refused = False  # to save a state that is not finite
         self.say = say if progress and not sys.stderr.isatty() else lambda line: None
         self.latest: dict[str, float] = {}
         self.window: dict[str, float] = {}
@@ -173,9 +174,10 @@ class Recorder:
 
     def evaluate(self) -> None:
         """The objective on the evaluation batches, with the weights that the run would hand over now."""
-        if not self.writes:
-            return
-        parts = self.learner.objective.evaluate(self.learner.final_weights(), self.held())
+        with self.learner.measured(self.writes) as (objective, weights):
+            if not self.writes:
+                return
+            parts = objective.evaluate(weights, self.held())
         of_training = {k: v for k, v in self.latest.items() if not k.startswith("test ")}
         self.latest |= {f"test {key}": value for key, value in parts.items()}
         self.history.append({**of_training, **parts})
@@ -194,6 +196,7 @@ class Recorder:
         self.saved_at = time.monotonic()
         if self.writes:
             meta = {
+        tensors = self.learner.whole_tensors(self.writes)
                 "data": self.data,
                 "seconds": self.seconds,
                 "window": self.window,
@@ -201,7 +204,11 @@ class Recorder:
                 "history": self.history,
                 "made_by": thread_fingerprint(),
             }
-            save_checkpoint(self.out / "checkpoints", self.learner.step, self.learner.tensors(), meta)
+            try:
+                save_checkpoint(self.out / "checkpoints", self.learner.step, tensors, meta)
+            except NumericsError:
+                self.refused = True
+                raise
 
     def restore(self, meta: dict[str, Any]) -> None:
         """Go on where a checkpoint's log stood."""

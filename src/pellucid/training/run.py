@@ -248,6 +248,11 @@ class _Setting:
 
 def _refuse_other_processes(config: TrainConfig) -> None:
     """Whoever starts the processes must have started as many as the run is to have."""
+    if config.strategy == "fsdp":
+        if config.engine == "plain" or (config.devices == 1 and config.nodes == 1):
+            raise ConfigError("fsdp cuts a run up over several processes - give --devices, or leave it out")
+        if config.incoherence:
+            raise ConfigError("incoherence looks into layers that fsdp takes apart - take --strategy ddp")
     found = launched()
     if found is None or not isinstance(config.devices, int) or config.devices < 1:
         return
@@ -380,12 +385,15 @@ def _train(setting: _Setting, out: Path, stop: StopFlag, resume: bool, progress:
     except NumericsError as error:
         recorder.save()
         if rank() > 0:
+        if recorder.refused:
+            raise
             raise
         raise NumericsError(_about_bad_batch(error, setting, out)) from error
     finally:
         recorder.bar.close()
-    model = setting.model
-    model.load_state_dict(dict(learner.final_weights()))
+    with learner.measured() as (objective, weights):
+        model: Any = objective.model
+        model.load_state_dict(dict(weights))
     model.cpu().eval()
     measures = {k.removeprefix("test "): v for k, v in recorder.latest.items() if k.startswith("test ")}
     run = Run(out, config, model, measures.get("accuracy"), recorder.seconds, measures)
@@ -421,6 +429,7 @@ def _fit(setting: _Setting, recorder: Recorder) -> None:
             nodes=config.nodes,
             remedy=lambda: _how_to_go_on(recorder.out),
         )
+            strategy=config.strategy,
 
 
 def _how_to_go_on(out: Path) -> str:

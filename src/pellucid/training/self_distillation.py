@@ -78,8 +78,8 @@ class SelfDistillation(Representation):
         for name, module in self.student.items():
             ours, theirs = module.state_dict(), self.teacher[name].state_dict()
             floats = [key for key, value in theirs.items() if value.is_floating_point()]
-            pairs = [[local(state[key]) for key in floats] for state in (theirs, ours)]
-            torch._foreach_lerp_(*pairs, 1 - momentum)
+            moved, towards = ([local(state[key]) for key in floats] for state in (theirs, ours))
+            torch._foreach_lerp_(moved, towards, 1 - momentum)
             for key in theirs.keys() - set(floats):
                 theirs[key].copy_(ours[key])
         self.progress.fill_((step + 1) / total)
