@@ -152,13 +152,13 @@ def attention(
 
     shown = []
     for i in range(images):
-        true = rng.randrange(len(names))
+        true = rng.randrange(max(len(names), 1))
         shown.append(
             {
                 "png": picture(side, rng),
                 "name": f"digits[{i}]",
-                "label": names[true],
-                "predicted": names[(true + (i == 2)) % len(names)],
+                "label": names[true] if names else None,
+                "predicted": names[(true + (i == 2)) % len(names)] if names else None,
                 "grid": [grid, grid],
                 "layers": [
                     {"layer": n, "heads": [head() for _ in range(heads)]} for n in range(1, depth + 1)
@@ -166,6 +166,77 @@ def attention(
             }
         )
     return {"images": shown}
+
+
+def without_labels(rng: random.Random, names: list[str], objective: str, state: str, side: int) -> dict:
+    """What takes another place in a run without labels; without names, what is left when none is known."""
+
+    def item(i: int) -> dict:
+        label = names[i % len(names)] if names else None
+        return {"name": f"digits[{i}]", "label": label, "png": picture(side, rng)}
+
+    epochs = [float(e) for e in range(21)]
+    ill = state not in ("healthy", "untrained")
+    test = {
+        "epoch": epochs,
+        "loss": [None] * 21,
+        "effective rank": [1.2 + 14 * math.exp(-e) if ill else 15 + e for e in epochs],
+        "cosine": [1 - math.exp(-e - 1) if ill else 0.9 * math.exp(-e / 5) for e in epochs],
+        "view cosine": [0.9] * 21,
+        "norm spread": [0.05 + e / 200 for e in epochs],
+        "health": ["untrained", *["healthy"] * 9, *[state] * 11],
+    }
+    if names:
+        test["knn accuracy"] = [0.7 + 0.01 * e for e in epochs]
+    train = {
+        "epoch": epochs[1:],
+        "loss": [-1 - e / 30 for e in epochs[1:]],
+        "alignment": [0.8 + e / 200 for e in epochs[1:]],
+        "rate share": [e / 25 for e in epochs[1:]],
+    }
+    hidden = {
+        "kind": "hidden",
+        "share": 0.5,
+        "images": [{**item(i), "masked": picture(side, rng), "filled": picture(side, rng)} for i in range(2)],
+    }
+    crops = {
+        "kind": "crops",
+        "split": 0.4,
+        "size": [64, 64],
+        "small_size": [32, 32],
+        "images": [
+            {
+                **item(i),
+                **{k: [picture(side, rng) for _ in range(n)] for k, n in (("large", 2), ("small", 4))},
+            }
+            for i in range(2)
+        ],
+    }
+    points = [[rng.gauss(i % 3, 0.3), rng.gauss(i % 2, 0.3), item(i)["label"]] for i in range(60)]
+    return {
+        "learnt": {"objective": objective, "labels": False, "settings": {"eps": 0.632, "group_size": 64}},
+        "health": {"state": state, "text": f"{state}: effective rank 35.0 of 64"},
+        "curves": {"train": train, "test": test},
+        "scores": scores(rng, names, 0.9, 45) | {"by": "neighbours", "neighbours": 20, "train": 1347}
+        if names
+        else None,
+        "features": {
+            "width": 64,
+            "images": 450,
+            "effective_rank": 35.04,
+            "map": {
+                "shares": [0.2, 0.1],
+                "points": points,
+                "grid": [15, 9],
+                "pictures": [{"column": i, "row": i % 9, **item(i)} for i in range(12)],
+            },
+            "neighbours": [
+                {**item(i), "near": [{**item(i + j), "cosine": 0.99 - j / 50} for j in range(3)]}
+                for i in range(2)
+            ],
+        },
+        "views": hidden if objective == "mae" else crops,
+    }
 
 
 def make(
@@ -178,8 +249,10 @@ def make(
     grid: int = 4,
     side: int = 8,
     per_class: int = 45,
+    unlabelled: str = "",
+    state: str = "healthy",
 ) -> dict:
-    """A bundle of one CRATE and, beside it, ViTs."""
+    """A bundle of one CRATE and, beside it, ViTs; ``unlabelled`` names an objective without labels."""
     rng = random.Random(0)
     names = [str(i) for i in range(10)] if names is None else names
 
@@ -194,10 +267,15 @@ def make(
             "parameters": 53_000 if white else 201_418,
             "seconds": 25.1 if white else 61.0,
             "facts": [["depth", str(depth)], ["width", "64"], [heads_name, str(heads)], ["patch", "2 × 2"]],
-            "curves": curves(rng, best, len(names)),
-            "scores": scores(rng, names, best, per_class),
+            "learnt": {"objective": "supervised", "labels": True, "settings": {}},
+            "health": None,
+            "curves": curves(rng, best, max(len(names), 1)),
+            "scores": scores(rng, names or ["?"], best, per_class) | {"by": "classifier"},
+            "features": None,
+            "views": None,
             "audit": audit(rng, depth, steps, set(rising) if white else set()),
             "attention": attention(rng, depth, heads, images, grid, side, names),
+            **(without_labels(rng, names, unlabelled, state, side) if unlabelled else {}),
         }
 
     data = {

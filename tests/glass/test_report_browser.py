@@ -76,6 +76,8 @@ def look(html: str, width: int, folder: Path) -> dict:
 
 CASES = {
     "two models": {},
+    "without labels": {"unlabelled": "simdino", "state": "collapsing"},
+    "without labels at all": {"unlabelled": "mae", "names": [], "models": 1},
     "one layer": {"depth": 1, "models": 1, "rising": ()},
     "deep, long names": {
         "depth": 12,

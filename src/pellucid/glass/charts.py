@@ -521,7 +521,10 @@ def point_map(title: str, clouds: Sequence[Cloud], height: int = 300) -> Html:
     x, y = _plane([p[0] for p in points], [p[1] for p in points], WIDTH, height)
     drawn, names = [], []
     for cloud in clouds:
-        marks = [class_mark(cloud.number, x(a), y(b)) for a, b in cloud.points]
+        marks = [
+            class_mark(cloud.number, x(a), y(b)) if len(clouds) > 1 else mark(0, x(a), y(b), size=3.2)
+            for a, b in cloud.points
+        ]
         drawn.append(tag("g", tag("title", cloud.label), *marks))
         if cloud.number is not None and cloud.points:
             a, b = (sorted(values)[len(values) // 2] for values in zip(*cloud.points, strict=True))

@@ -64,7 +64,7 @@ def answer(bundle: Bundle) -> str:
     rank, width = subject.features.number("effective_rank"), subject.features.integer("width")
     if accuracy is None and subject.unlabelled and rank is not None and width is not None:
         rest = f", {'and' if subject.descends else 'but'} {work}" if work else ""
-        told = f"tells images apart in {number(rank)} of {width} directions"
+        told = f"tells images apart in {directions(rank, width)} directions"
         return f"{subject.label}, trained without labels, {told}{rest}."
     if accuracy is None:
         return f"{subject.label}: {work}." if work else f"{subject.label}, looked at layer by layer."
@@ -179,7 +179,12 @@ def _drawn(model: Model, ends: tuple[float, float]) -> Cell:
 
 def _rank(model: Model) -> Cell:
     rank, width = model.features.number("effective_rank"), model.features.integer("width")
-    return Cell(f"{number(rank)} of {width}" if rank is not None and width else NONE, rank, "n")
+    return Cell(directions(rank, width) if rank is not None and width else NONE, rank, "n")
+
+
+def directions(rank: float, width: int) -> str:
+    """``44.7 of 64``, as the verdict has it."""
+    return f"{rank:.1f} of {width}"
 
 
 def _health(model: Model) -> Cell:

@@ -102,8 +102,8 @@ def _settings(settings: Fields) -> Html:
 def _value(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if (found := finite(value)) is not None:
-        return number(found)
+    if isinstance(value, int | float):
+        return number(finite(value))
     return json.dumps(value, ensure_ascii=False, default=str)[:200]
 
 
@@ -135,7 +135,7 @@ def _said_of_crops(fields: Fields) -> list[str]:
 
 def _row(image: Fields, fields: Fields) -> Html:
     name, label = image.text("name"), image.text("label")
-    shots = [shot(image.raw("png"), name or "image", label or "image", class_="lead")]
+    shots = [shot(image.raw("png"), name or "image", "original", label, class_="lead")]
     if fields.text("kind") == "hidden":
         shots += [
             shot(image.raw("masked"), f"{name}, hidden patches gray", "in sight"),
