@@ -8,23 +8,28 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from pellucid.data import Crops
+from pellucid.errors import CheckpointError, ConfigError, NumericsError
 from pellucid.models import create_model
-from pellucid.training.checkpoint import load_checkpoint
+from pellucid.training import train
+from pellucid.training.checkpoint import load_checkpoint, save_sharded
 from pellucid.training.learner import Learner
 from pellucid.training.masked import MAE
 from pellucid.training.mcr2 import MCR2, SelfSupervisedMCR2
-from pellucid.training.ranks import averaged, gathered, local, rank, whole, world
+from pellucid.training.ranks import averaged, gathered, launched, local, rank, whole, world
 from pellucid.training.recipe import MuonAdamW
 from pellucid.training.self_distillation import DINO, SimDINO
 from pellucid.training.sharding import shard
@@ -33,6 +38,7 @@ from pellucid.training.supervised import Supervised
 PELLUCID = [sys.executable, "-m", "pellucid"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pellucid"]
 TWO = {"devices": 2, "accelerator": "cpu"}
+CUT = TWO | {"strategy": "fsdp"}
 
 slow = pytest.mark.slow
 
@@ -249,6 +255,54 @@ def test_a_state_goes_from_cut_up_to_whole_and_back(way, together):
     assert furthest(of_model(found), of_model(whole)) <= (5e-5 if way[0] != way[1] else 0)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_each_process_writes_its_rows_of_a_checkpoint(fails, together, tmp_path):
+    """One process reads them; where another cannot write, what stood stands."""
+    folder = tmp_path / "checkpoints"
+    generator = torch.Generator().manual_seed(0)
+    state = {f"rows {n}": torch.randn(n, 3, generator=generator) for n in (1, 2, 5, 64)}
+    state |= {"plain": torch.randn(4), "count": torch.tensor(7)}
+
+    def cut(value):
+        return distribute_tensor(value, init_device_mesh("cpu", (2,)), [Shard(0)], src_data_rank=None)
+
+    def body():
+        folder.mkdir(exist_ok=True)
+        tensors = {k: cut(v) if k.startswith("rows") else v + rank() for k, v in state.items()}
+        for step in (1, 2, 3):
+            save_sharded(folder, step, tensors, {"data": f"process {rank()}"})
+        tensors["rows 5"].to_local()[-1] = torch.inf if rank() else 0
+        with pytest.raises(
+            NumericsError, match=r"step 4 holds 1 non-finite tensors \(rows 5\).*step-00000003"
+        ):
+            save_sharded(folder, 4, tensors, {})
+        if fails:
+            tensors["rows 5"].to_local().zero_()
+            if rank() == 1:
+                HuggingFaceStorageWriter.write_data = full
+            with pytest.raises(CheckpointError, match=r"process 1: OSError: .*No space.*step-00000003"):
+                save_sharded(folder, 5, tensors, {})
+        return {}
+
+    def full(self, *arguments):
+        raise OSError(28, "No space left on device")
+
+    together(body)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000003"]
+    assert len(list((folder / "step-00000003").glob("shard-*.safetensors"))) == 2
+    found = load_checkpoint(folder)
+    assert (found.step, found.meta, found.damaged) == (3, {"data": "process 0"}, [])
+    assert found.tensors.keys() == state.keys()
+    assert all(torch.equal(found.tensors[name], value) for name, value in state.items())
+    part = folder / "step-00000003" / "shard-00002-model-00001-of-00001.safetensors"
+    part.write_bytes(part.read_bytes()[:-1] + b"x")
+    older = load_checkpoint(folder)
+    assert older.step == 2
+    assert "shard-00002-model-00001-of-00001.safetensors is damaged" in older.damaged[0]
+    part.unlink()
+    assert "step-00000003: incomplete" in load_checkpoint(folder).damaged[0]
+
+
 def test_muon_by_rows_is_muon(together):
     """Given the same gradient, whatever the number of rows, to the last bit but one."""
     shapes = [(64, 16), (16, 64), (7, 16), (1, 8)]
@@ -354,3 +408,145 @@ def test_two_processes_give_the_run_of_one(name, tmp_path):
     tensors, losses = difference(two, one)
     assert tensors <= 1e-5
     assert losses <= 1e-5
+
+
+@slow
+@pytest.mark.parametrize(
+    "way",
+    [({}, TWO), (TWO, {}), (TWO, TWO), (CUT, {}), (TWO, CUT), (CUT | {"checkpoint_format": "sharded"}, {})],
+    ids=["1 to 2", "2 to 1", "2 to 2", "2 cut up to 1", "2 to 2 cut up", "2 cut up in parts to 1"],
+)
+def test_a_stopped_run_goes_on_with_another_number_of_processes(way, tmp_path):
+    """To the same bits with the same number, else within what the numbers of processes differ by."""
+    before, after = way
+    options = RUNS["simdino, a batch as one group"] | {"save_every": 11}
+    trained(tmp_path / "whole", **options, **after)
+    program = start(tmp_path / "run", **options, **before)
+    wait_for(tmp_path / "run" / "checkpoints" / "step-00000011", program)
+    program.send_signal(signal.SIGTERM)
+    code, _, error = finish(program)
+    assert code == 75, error
+    assert error.count("error: stopped by SIGTERM: saved step ") == 1
+    assert 11 <= state(tmp_path / "run").step < 22
+    trained(tmp_path / "run", "--resume", **options, **after)
+    tensors, losses = difference(tmp_path / "run", tmp_path / "whole")
+    assert tensors <= (0 if before == after else 5e-5)
+    assert losses <= (0 if before == after else 2e-5)
+
+
+@slow
+def test_torchrun(tmp_path):
+    output = trained(tmp_path / "run", launcher=TORCHRUN, **TWO)
+    assert output.count("trained in") == 1
+    trained(tmp_path / "ours", **TWO)
+    assert difference(tmp_path / "run", tmp_path / "ours") == (0, 0)
+
+
+def slurm(number, tasks=2):
+    names = {"NTASKS": tasks, "NTASKS_PER_NODE": tasks, "NNODES": 1, "NODEID": 0, "JOB_ID": 4711}
+    names |= {"PROCID": number, "LOCALID": number, "NODELIST": "127.0.0.1", "JOB_NAME": "train"}
+    return {f"SLURM_{name}": str(value) for name, value in names.items()}
+
+
+@slow
+def test_slurm(tmp_path):
+    """As srun starts two tasks: each with its number in the environment."""
+    programs = [start(tmp_path / "run", environment=slurm(number), **TWO) for number in range(2)]
+    ends = [finish(program) for program in programs]
+    assert [code for code, *_ in ends] == [0, 0], ends
+    assert "trained in" in ends[0][1]
+    assert ends[1][1] == ""
+    trained(tmp_path / "ours", **TWO)
+    assert difference(tmp_path / "run", tmp_path / "ours") == (0, 0)
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "message"),
+    [
+        (
+            slurm(0),
+            {},
+            "torchrun or srun has started 2 processes, and the run is to have 1 on each of 1 nodes",
+        ),
+        ({"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "4"}, TWO, "has started 4 processes"),
+        ({}, {"strategy": "fsdp"}, "fsdp cuts a run up over several processes"),
+        ({}, {**CUT, "incoherence": 0.1}, "incoherence looks into layers"),
+        ({}, {**TWO, "checkpoint_format": "sharded"}, "add --strategy fsdp"),
+    ],
+)
+def test_refused_before_anything_is_written(environment, options, message, monkeypatch, tmp_path):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        train("digits", out=str(tmp_path / "run"), **RUN, **options)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "number", "launched_by"),
+    [
+        ({}, 0, None),
+        ({"LOCAL_RANK": "1"}, 1, None),
+        ({"LOCAL_RANK": "0", "NODE_RANK": "1"}, 1, None),
+        ({"LOCAL_RANK": "1", "RANK": "9", "WORLD_SIZE": "16", "TORCHELASTIC_RUN_ID": "x"}, 9, 16),
+        (slurm(1), 1, 2),
+        ({**slurm(0), "SLURM_JOB_NAME": "bash", "LOCAL_RANK": "1"}, 1, None),  # our launcher inside a session
+    ],
+)
+def test_a_process_knows_its_number_before_they_meet(environment, number, launched_by, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("SLURM_") or name.endswith("RANK")]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert rank() == number
+    assert launched() == launched_by
+
+
+def wait_for(path, program, seconds=120):
+    for _ in range(20 * seconds):
+        if path.exists() or program.poll() is not None:
+            break
+        time.sleep(0.05)
+    assert path.exists(), finish(program)
+
+
+def children(pid):
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += [int(child) for child in (task / "children").read_text().split()]
+    return sorted(found)
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@slow
+@pytest.mark.parametrize("launcher", [PELLUCID, TORCHRUN], ids=["ours", "torchrun"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_job(victim, launcher, tmp_path):
+    run = tmp_path / "run"
+    options = {"epochs": 200, "save_every": 10, "eval_every": 100, **TWO}
+    program = start(run, launcher=launcher, **options)
+    wait_for(run / "checkpoints" / "step-00000010", program)
+    started = children(program.pid)
+    processes = started if launcher is TORCHRUN else [program.pid, *started]
+    assert len(processes) == 2
+    os.kill(processes[victim], signal.SIGKILL)
+    began = time.monotonic()
+    code, _, error = finish(program)
+    while any(alive(pid) for pid in processes) and time.monotonic() < began + 20:
+        time.sleep(0.05)
+    assert not any(alive(pid) for pid in processes)
+    assert time.monotonic() - began < 20
+    assert code == (1 if launcher is TORCHRUN else 70 if victim == 1 else -signal.SIGKILL)
+    assert error.count("error: ") == 1, error
+    assert re.search(rf"error: process {victim}\b.* (is gone|was killed by SIGKILL)", error)
+    assert re.search(r"last good checkpoint: step-\d{8} in \S+ - run the same command with --resume", error)
+    assert state(run).step >= 10

@@ -1,9 +1,11 @@
 """The files door: whatever is written here is either there whole or not there at all.
 
 A checkpoint is a folder ``step-00000400`` with ``state.safetensors``, ``state.json`` and ``MANIFEST.json``
-(sizes and SHA-256 of the others). It is written as ``.tmp-*``, flushed, and renamed; the newest folder whose
-manifest holds is the checkpoint. Nothing is overwritten in place, and deletion begins with a rename, so a
-process killed at any moment leaves the old state, the new one, or leftovers that the next one removes.
+(SHA-256 of the others); of several processes it may hold one ``shard-*.safetensors`` each in place of the
+first, PyTorch's distributed checkpoint, which any number of processes reads. It is written as ``.tmp-*``,
+flushed, and renamed; the newest folder whose manifest holds is the checkpoint. Nothing is overwritten in
+place, and deletion begins with a rename, so a process killed at any moment leaves the old state, the new one,
+or leftovers that the next one removes.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +29,7 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from pellucid.errors import CheckpointError, NumericsError
+from pellucid.training.ranks import local
 
 MANIFEST = "MANIFEST.json"
 SCHEMA = 1
@@ -58,10 +62,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], meta: d
     """
     bad = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
     if bad:
-        raise NumericsError(
-            f"step {step} holds {len(bad)} non-finite tensors ({', '.join(bad[:3])}) - it was not saved; "
-            f"{last_good(folder)}"
-        )
+        raise NumericsError(_about_bad(bad, step, folder))
     final = folder / f"step-{step:08d}"
     if final.exists() and _damage(final) is None:
         return final
@@ -75,12 +76,77 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], meta: d
         with new_folder(final) as scratch:
             for name, content in contents.items():
                 write_flushed(scratch / name, content)
-            manifest = {name: _digest(content) for name, content in contents.items()}
-            write_flushed(scratch / MANIFEST, json.dumps({"schema": SCHEMA, "files": manifest}).encode())
-        earlier = [path for path in _steps(folder) if path < final]
-        for old in earlier[: -(KEEP - 1)]:
-            remove_folder(old)
+            _write_manifest(scratch, {name: _digest(content) for name, content in contents.items()})
+        _forget_old(folder, final)
     return final
+
+
+def save_sharded(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:
+    """As :func:`save_checkpoint`, by all processes of a run together, each of which writes its own rows.
+
+    The first makes the scratch folder, which every process must see, lists what all have written and flushed,
+    and renames it; so this too is there whole or not at all. ``meta`` and tensors that are not cut up are the
+    first process's.
+
+    Raises:
+        NumericsError: a tensor holds NaN or infinity, in any process. Nothing is written.
+        CheckpointError: a process could not write; earlier checkpoints stand.
+    """
+    from torch import distributed as dist
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    first = dist.get_rank() == 0
+    bad = [name for name, value in tensors.items() if not bool(local(value).isfinite().all())]
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, bad)
+    if any(everywhere):
+        names = sorted({name for part in everywhere for name in part})
+        raise NumericsError(_about_bad(names, step, folder))
+    final = folder / f"step-{step:08d}"
+    told = [first and final.exists() and _damage(final) is None]
+    dist.broadcast_object_list(told, 0)
+    if told[0]:
+        return final
+    ours = {k: v.detach() for k, v in tensors.items() if first or hasattr(v, "to_local")}
+    with saving(folder, sum(local(value).nbytes for value in ours.values())), contextlib.ExitStack() as stack:
+        place = [str(stack.enter_context(new_folder(final))) if first else ""]
+        dist.broadcast_object_list(place, 0)
+        scratch = Path(place[0])
+        try:
+            dcp.save(ours, storage_writer=dcp.HuggingFaceStorageWriter(place[0], save_distributed=True))
+        except CheckpointException as error:  # in every process, whichever of them failed
+            number, (reason, _) = next(iter(error.failures.items()))
+            raise CheckpointError(
+                f"cannot write: process {number}: {type(reason).__name__}: {reason} - make room, then run "
+                f"again with --resume; {last_good(folder)}"
+            ) from error
+        written = scratch.glob(f"shard-{dist.get_rank() + 1:05d}-*")
+        dist.all_gather_object(everywhere, {path.name: _digest(path.read_bytes()) for path in written})
+        if first:
+            content = json.dumps({"step": step, **meta}).encode()
+            write_flushed(scratch / "state.json", content)
+            digests = {name: digest for part in everywhere for name, digest in part.items()}
+            _write_manifest(scratch, {**digests, "state.json": _digest(content)})
+    if first:
+        _forget_old(folder, final)
+    return final
+
+
+def _about_bad(names: list[str], step: int, folder: Path) -> str:
+    return (
+        f"step {step} holds {len(names)} non-finite tensors ({', '.join(names[:3])}) - it was not saved; "
+        f"{last_good(folder)}"
+    )
+
+
+def _write_manifest(scratch: Path, digests: dict[str, str]) -> None:
+    write_flushed(scratch / MANIFEST, json.dumps({"schema": SCHEMA, "files": digests}).encode())
+
+
+def _forget_old(folder: Path, newest: Path) -> None:
+    for old in [path for path in _steps(folder) if path < newest][: -(KEEP - 1)]:
+        remove_folder(old)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
@@ -94,14 +160,27 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         reason = _damage(path)
         if reason is None:
             meta = json.loads((path / "state.json").read_bytes())
-            tensors = tensors_from_bytes((path / "state.safetensors").read_bytes())
-            return Checkpoint(meta.pop("step"), tensors, meta, damaged)
+            return Checkpoint(meta.pop("step"), _tensors(path), meta, damaged)
         damaged.append(f"{path.name}: {reason}")
     if damaged:
         raise CheckpointError(
             f"no valid checkpoint in {folder} - start again with --overwrite\n" + "\n".join(damaged[:3])
         )
     return None
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a valid checkpoint, whole."""
+    if (path / "state.safetensors").exists():
+        return tensors_from_bytes((path / "state.safetensors").read_bytes())
+    from torch.distributed import checkpoint as dcp
+
+    known: dict[str, Any] = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    found = {name: torch.empty(one.size, dtype=one.properties.dtype) for name, one in known.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process.*")
+        dcp.load(found, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
+    return found
 
 
 def sweep(folder: Path) -> int:
@@ -239,7 +318,8 @@ def _damage(path: Path) -> str | None:
                 return f"{name} is damaged (SHA-256 differs)"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"incomplete ({type(error).__name__})"
-    return None if {"state.safetensors", "state.json"} <= files.keys() else "incomplete"
+    has_tensors = any(name.endswith(".safetensors") for name in files)
+    return None if has_tensors and "state.json" in files else "incomplete"
 
 
 def _digest(content: bytes) -> str:

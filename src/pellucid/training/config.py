@@ -20,9 +20,10 @@ Precision = Literal["32", "bf16"]
 Engine = Literal["lightning", "plain"]
 Accelerator = Literal["auto", "cpu", "gpu", "cuda", "mps"]
 Strategy = Literal["auto", "ddp", "fsdp"]
+CheckpointFormat = Literal["whole", "sharded"]
 
 FREE = {"out", "workers", "threads", "save_every", "download", "data_root", "engine"}
-FREE |= {"accelerator", "devices", "nodes", "strategy", "stop_on_collapse"}
+FREE |= {"accelerator", "devices", "nodes", "strategy", "checkpoint_format", "stop_on_collapse"}
 """What a resumed run may change: where and how it runs, not what it computes."""
 
 
@@ -73,6 +74,8 @@ class TrainConfig:
         accelerator, devices, nodes: as lightning takes them.
         strategy: of several devices; ``fsdp`` cuts weights and the optimiser's state up over them, ``ddp``
             gives all to each, as ``auto`` does.
+        checkpoint_format: with ``fsdp``: ``sharded`` has each process write its own rows, ``whole`` puts the
+            state together in the first. Either goes on with any number of devices.
     """
 
     data: str
@@ -116,6 +119,7 @@ class TrainConfig:
     devices: int | str = 1
     nodes: int = 1
     strategy: Strategy = "auto"
+    checkpoint_format: CheckpointFormat = "whole"
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pellucid.errors import Collapsed, NumericsError, Stopped
-from pellucid.training.checkpoint import save_checkpoint, saving, thread_fingerprint, write_file
+from pellucid.training.checkpoint import save_checkpoint, save_sharded, saving, thread_fingerprint, write_file
 from pellucid.training.health import Verdict
 from pellucid.training.learner import Learner
 from pellucid.training.objective import Held
@@ -88,6 +88,7 @@ class Recorder:
         eval_every, save_every: in steps.
         data: fingerprint of the data, kept in every checkpoint.
         stop: asked after every step.
+        sharded: each rank writes its part of a checkpoint.
         stop_on_collapse: end when the objective's verdict is that its features have collapsed.
         waited: seconds that the loop has waited for data so far.
         images_per_step: of all ranks.
@@ -107,6 +108,7 @@ class Recorder:
         save_every: int,
         data: str,
         stop: StopFlag,
+        sharded: bool = False,
         stop_on_collapse: bool = False,
         waited: Callable[[], float] = lambda: 0.0,
         images_per_step: int = 0,
@@ -118,7 +120,7 @@ class Recorder:
         self.steps_per_epoch, self.eval_every, self.save_every = steps_per_epoch, eval_every, save_every
         self.log_every = max(1, min(50, round(steps_per_epoch)))
         self.data, self.stop, self.writes = data, stop, writes
-        self.stop_on_collapse = stop_on_collapse
+        self.sharded, self.stop_on_collapse = sharded, stop_on_collapse
         self.clock = Throughput(waited, images_per_step)
         self.history: list[dict[str, float]] = []
         self.health: Verdict | None = None
@@ -194,21 +196,25 @@ class Recorder:
     def save(self) -> None:
         """A checkpoint of this very step."""
         self.saved_at = time.monotonic()
-        if self.writes:
-            meta = {
-        tensors = self.learner.whole_tensors(self.writes)
-                "data": self.data,
-                "seconds": self.seconds,
-                "window": self.window,
-                "latest": self.latest,
-                "history": self.history,
-                "made_by": thread_fingerprint(),
-            }
-            try:
-                save_checkpoint(self.out / "checkpoints", self.learner.step, tensors, meta)
-            except NumericsError:
-                self.refused = True
-                raise
+        learner, folder = self.learner, self.out / "checkpoints"
+        meta = {
+            "data": self.data,
+            "seconds": self.seconds,
+            "window": self.window,
+            "latest": self.latest,
+            "history": self.history,
+            "made_by": thread_fingerprint(),
+        }
+        try:
+            if self.sharded:
+                save_sharded(folder, learner.step, learner.tensors(), meta)
+                return
+            tensors = learner.whole_tensors(self.writes)
+            if self.writes:
+                save_checkpoint(folder, learner.step, tensors, meta)
+        except NumericsError:
+            self.refused = True
+            raise
 
     def restore(self, meta: dict[str, Any]) -> None:
         """Go on where a checkpoint's log stood."""

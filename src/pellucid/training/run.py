@@ -248,6 +248,8 @@ class _Setting:
 
 def _refuse_other_processes(config: TrainConfig) -> None:
     """Whoever starts the processes must have started as many as the run is to have."""
+    if config.checkpoint_format == "sharded" and config.strategy != "fsdp":
+        raise ConfigError("sharded checkpoints are of what fsdp has cut up - add --strategy fsdp")
     if config.strategy == "fsdp":
         if config.engine == "plain" or (config.devices == 1 and config.nodes == 1):
             raise ConfigError("fsdp cuts a run up over several processes - give --devices, or leave it out")
@@ -258,8 +260,8 @@ def _refuse_other_processes(config: TrainConfig) -> None:
         return
     if found != config.devices * config.nodes:
         raise ConfigError(
-            f"torchrun or srun has started {found} processes, and the run is to have {config.devices} on each "
-            f"of {config.nodes} nodes - say so with --devices and --nodes"
+            f"torchrun or srun has started {found} processes, and the run is to have {config.devices} on "
+            f"each of {config.nodes} nodes - say so with --devices and --nodes"
         )
 
 
@@ -370,6 +372,7 @@ def _train(setting: _Setting, out: Path, stop: StopFlag, resume: bool, progress:
         stop=stop,
         stop_on_collapse=config.stop_on_collapse,
         waited=lambda: setting.waited[0],
+        sharded=config.checkpoint_format == "sharded",
         images_per_step=config.batch_size,
         writes=rank() == 0,
         progress=progress,
