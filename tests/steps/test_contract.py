@@ -11,6 +11,7 @@ from pellucid.steps import (
     MSP,
     MSSA,
     TSSA,
+    CausalTSSA,
     Decompression,
     Denoise,
     ExactCompression,
@@ -23,6 +24,7 @@ from pellucid.steps import (
     StrictCompression,
     StrictISTA,
     Synthesis,
+    UntiedCausalTSSA,
     UntiedMSSA,
     UntiedTSSA,
     unroll,
@@ -33,7 +35,8 @@ from pellucid.steps.strict import spectral_bound
 STATE_NOTHING = {FreeISTA, MHSA, MLP, Synthesis}
 
 # Descent of these is only measured, as their docstrings say; all others must prove it below.
-ONLY_MEASURED = {MSSA, UntiedMSSA, Decompression, UntiedTSSA, RateReduction, ShiftInvariantRateReduction}
+ONLY_MEASURED = {MSSA, UntiedMSSA, Decompression, UntiedTSSA, CausalTSSA, UntiedCausalTSSA}
+ONLY_MEASURED |= {RateReduction, ShiftInvariantRateReduction}
 
 # Cannot fall from where it is meant to begin, whatever the step size: test_power.py proves it by convexity.
 ONLY_MEASURED |= {OrthogonalIteration, MSP}
@@ -142,14 +145,32 @@ def test_the_value_of_one_sample_does_not_depend_on_its_batch(lowering_class, ma
         torch.testing.assert_close(value, values[:, i : i + 1], rtol=1e-12, atol=1e-12)
 
 
+def test_sees_what_it_says(step_class, make, tokens):
+    """Which tokens change when the fourth of five does: itself, those behind it, or those before it too."""
+    step, z = make(step_class), tokens()
+    other = z.clone()
+    other[:, 3] += 1
+    moved = (step(other) - step(z)).abs().amax((0, 2)) > 0
+    seen = {"itself": [0, 0, 0, 1, 0], "past": [0, 0, 0, 1, 1], "all": [1, 1, 1, 1, 1]}
+    # The gradient of a rate by classes, and others that see more than they use, may change fewer.
+    assert (moved <= torch.tensor(seen[step.sees], dtype=torch.bool)).all()
+    assert moved[3]
+
+
 def test_moves_tokens_whatever_their_order(step_class, make, tokens):
     step, z, order = make(step_class), tokens(), torch.tensor([3, 0, 4, 1, 2])
+    if step.sees == "past":
+        assert not torch.allclose(step(z[:, order]), step(z)[:, order])
+        return
     torch.testing.assert_close(step(z[:, order]), step(z)[:, order], rtol=1e-12, atol=1e-12)
 
 
 def test_values_tokens_whatever_their_order(lowering_class, make, tokens):
     step, z, order = make(lowering_class), tokens(), torch.tensor([3, 0, 4, 1, 2])
     values = step.before_and_after(z[:, order], step(z[:, order]))
+    if step.sees == "past":
+        assert not torch.allclose(values[0], step.before_and_after(z, step(z))[0])
+        return
     torch.testing.assert_close(values, step.before_and_after(z, step(z)), rtol=1e-12, atol=1e-12)
 
 

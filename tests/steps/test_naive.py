@@ -16,6 +16,7 @@ from pellucid.steps import (
     MSP,
     MSSA,
     TSSA,
+    CausalTSSA,
     Decompression,
     Denoise,
     ExactCompression,
@@ -28,6 +29,7 @@ from pellucid.steps import (
     StrictCompression,
     StrictISTA,
     Synthesis,
+    UntiedCausalTSSA,
     UntiedMSSA,
     UntiedTSSA,
 )
@@ -162,6 +164,47 @@ def naive_untied_tssa(step, Z, X):
     return Z + step.step_size * (moved if step.layer_scale is None else torch.diag(step.layer_scale) @ moved)
 
 
+def causal_statistics(step, Z):
+    """For each token its row of every head, its memberships, and the diagonals of D of the tokens so far."""
+    N, n, p, s = step.norm(Z.T).T, Z.shape[1], step.head_dim, Z.shape[0] / step.eps**2
+    W = step.subspaces.weight @ N
+    if step.subspaces.bias is not None:
+        W = W + step.subspaces.bias[:, None]
+    heads = [W[k * p : (k + 1) * p] for k in range(step.num_heads)]
+    chosen, slopes = [], []
+    for t in range(n):
+        logits = []
+        for k, rows in enumerate(heads):
+            offset = 0.0 if step.offset is None else step.offset[k, t]
+            logits.append(
+                step.temperature[k] * sum(r[t] ** 2 / (r[: t + 1] @ r[: t + 1]) + offset for r in rows)
+            )
+        chosen.append(torch.softmax(torch.stack(logits), 0))  # once, when the token arrives
+        for k, rows in enumerate(heads):
+            pi = torch.stack([membership[k] for membership in chosen])
+            slopes.append(torch.stack([s / (1 + s * (pi @ r[: t + 1] ** 2) / pi.sum()) for r in rows]))
+    return heads, chosen, [slopes[t * len(heads) : (t + 1) * len(heads)] for t in range(n)]
+
+
+def causal_directions(step, Z):
+    heads, chosen, slopes = causal_statistics(step, Z)
+    for t in range(Z.shape[1]):
+        yield torch.cat([-D * pi * W[:, t] for D, pi, W in zip(slopes[t], chosen[t], heads, strict=True)])
+
+
+def naive_causal_tssa(step, Z, X):
+    return Z + step.step_size * torch.stack(
+        [torch.cat(list(step.U), 1) @ m for m in causal_directions(step, Z)], 1
+    )
+
+
+def naive_untied_causal_tssa(step, Z, X):
+    moved = step.output.weight @ torch.stack(list(causal_directions(step, Z)), 1)
+    if step.output.bias is not None:
+        moved = moved + step.output.bias[:, None]
+    return Z + step.step_size * (moved if step.layer_scale is None else torch.diag(step.layer_scale) @ moved)
+
+
 def naive_rate_reduction(step, Z, X):
     columns = []
     for z in Z.T:
@@ -268,6 +311,8 @@ NAIVE = {
     OvercompleteISTA: naive_overcomplete,
     TSSA: naive_tssa,
     UntiedTSSA: naive_untied_tssa,
+    CausalTSSA: naive_causal_tssa,
+    UntiedCausalTSSA: naive_untied_causal_tssa,
     RateReduction: naive_rate_reduction,
     ShiftInvariantRateReduction: naive_shift_invariant,
     FreeISTA: naive_free_ista,
@@ -289,18 +334,29 @@ OPTIONS = {
         {"num_atoms": 6, "decoupled": False, "residual": False},
         {"num_atoms": 3},
     ],
-    UntiedMSSA: [{"output_bias": False}],
+    MSSA: [{"causal": True}],
+    UntiedMSSA: [{"output_bias": False}, {"causal": True}],
     TSSA: [{"bias": True}, {"head_dim": 2}],
     UntiedTSSA: [{"bias": False}, {"head_dim": 4}],
+    CausalTSSA: [{"bias": True}, {"head_dim": 2, "block_size": 7}],
+    UntiedCausalTSSA: [{"bias": False, "output_bias": False}, {"head_dim": 4, "block_size": None}],
     ShiftInvariantRateReduction: [
         {"shape": (1, 6)},
         {"shape": (6, 1)},
         {"shape": (1, 3, 2)},
         {"shape": (1, 2, 3)},
     ],
-    MHSA: [{"layer_scale": 0.5}],
+    MHSA: [{"layer_scale": 0.5}, {"causal": True}],
     MLP: [{"layer_scale": 0.5}, {"ratio": 1.5}],
 }
+
+
+def formula(step, Z, X):
+    """Attention in order is attention to each prefix, of which the last token is taken."""
+    naive = NAIVE[type(step)]
+    if step.sees != "past" or isinstance(step, CausalTSSA):
+        return naive(step, Z, X)
+    return torch.stack([naive(step, Z[:, :t], X[:, :t])[:, -1] for t in range(1, Z.shape[1] + 1)], 1)
 
 
 def same(actual, expected):
@@ -331,7 +387,7 @@ def test_equals_its_formula_in_output_and_gradients(step_class, make, tokens, no
 
         def naive(z, step=step, x=x):
             columns = zip(z, z if x is None else x, strict=True)
-            return torch.stack([NAIVE[type(step)](step, zi.T, xi.T).T for zi, xi in columns])
+            return torch.stack([formula(step, zi.T, xi.T).T for zi, xi in columns])
 
         out, gradients = output_and_gradients(step, lambda z, step=step, x=x: step(z, x), z, weight)
         expected, expected_gradients = output_and_gradients(step, naive, z, weight)

@@ -120,7 +120,8 @@ def has_published_form(model: nn.Module) -> bool:
     inner = {step.coder for step in steps if isinstance(step, OvercompleteISTA)}
     complete = any(step.complete for step in steps if isinstance(step, OvercompleteISTA))
     kinds = {type(step) for step in steps if step not in inner}
-    return not complete and bool(kinds & ARITHMETIC.keys()) and kinds <= ARITHMETIC.keys() | set(ALIKE)
+    known = kinds <= ARITHMETIC.keys() | set(ALIKE) and all(step.sees != "past" for step in steps)
+    return known and not complete and bool(kinds & ARITHMETIC.keys())
 
 
 def published_twin(model: nn.Module) -> Any:

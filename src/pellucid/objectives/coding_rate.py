@@ -129,6 +129,74 @@ def subspace_coding_rate(
     return _half_logdet(_project(z, U), U.shape[-1] / (n * eps**2)).sum(-1)
 
 
+def prefix_coding_rate(z: Float[Tensor, "*b n d"], eps: float) -> Float[Tensor, "*b"]:
+    r"""Mean rate of the tokens up to each: what causal compression lowers, where no token knows the next.
+
+    .. math:: \tfrac1n \sum_{t=1}^n R(Z_{\le t}; \epsilon)
+        = \tfrac1{2n} \sum_t \log\det\Bigl(I + \tfrac{d}{t\epsilon^2} Z_{\le t}^\top Z_{\le t}\Bigr)
+
+    A determinant for each token, from a running sum of Gram matrices in float64, so it is a measure and not
+    for training: :math:`O(n d^3)`.
+
+    Args:
+        z: tokens ``(..., n, d)`` in their order.
+        eps: distortion. Positive.
+    """
+    n, d = _check_tokens(z, eps)
+    _refuse_not_finite(z)
+    wide = z.double()
+    gram = wide.new_zeros(*z.shape[:-2], 1, d, d)
+    identity = torch.eye(d, dtype=wide.dtype, device=z.device)
+    total = wide.new_zeros(z.shape[:-2])
+    chunk = max(1, PREFIX_ENTRIES // max(1, wide[..., :1, :].numel() * d))
+    for start in range(0, n, chunk):
+        part = wide[..., start : start + chunk, :]
+        grams = gram + (part.unsqueeze(-1) * part.unsqueeze(-2)).cumsum(-3)
+        lengths = torch.arange(start + 1, start + 1 + part.shape[-2], device=z.device, dtype=wide.dtype)
+        factor = torch.linalg.cholesky(identity + (d / (lengths * eps**2))[:, None, None] * grams)
+        total = total + factor.diagonal(dim1=-2, dim2=-1).log().sum((-2, -1))
+        gram = grams[..., -1:, :, :]
+    return (total / n).to(_at_least_float32(z).dtype)
+
+
+PREFIX_ENTRIES = 2**22
+"""Numbers in the Gram matrices that :func:`prefix_coding_rate` holds at once."""
+
+
+def prefix_variational_coding_rate(
+    z: Float[Tensor, "*b n d"],
+    U: Float[Tensor, "K d p"],
+    membership: Float[Tensor, "*#b n K"],
+    eps: float,
+    *,
+    shift: Float[Tensor, "K p"] | None = None,
+) -> Float[Tensor, "*b"]:
+    r"""Mean of :func:`variational_coding_rate` over the tokens up to each: what causal TSSA lowers.
+
+    .. math::
+        \tfrac1n \sum_{t=1}^n R^c_{\mathrm{var}}(Z_{\le t} \mid U_{[K]}, \Pi_{\le t}; \epsilon)
+
+    Args:
+        z: tokens ``(..., n, d)`` in their order.
+        U: bases ``(K, d, p)``, one subspace for each group.
+        membership: soft rows that sum to one, ``(..., n, K)``.
+        eps: distortion. Positive.
+        shift: added to the projections, for subspaces that miss the origin.
+    """
+    n, d = _check_tokens(z, eps)
+    _check_bases(U, d)
+    weights = _membership_weights(membership, z).double().mT  # a running sum of many: float64
+    w = _project(_at_least_float32(z), U).double()
+    if shift is not None:
+        w = w + shift.double().unsqueeze(-2)
+    energy = (weights.unsqueeze(-1) * w.square()).cumsum(-2)
+    size = weights.cumsum(-1)
+    scale = d / (size.clamp_min(torch.finfo(size.dtype).tiny ** 0.5) * eps**2)
+    costs = size * torch.log1p(scale.unsqueeze(-1) * energy).sum(-1)
+    lengths = torch.arange(1, n + 1, device=z.device, dtype=size.dtype)
+    return ((costs.sum(-2) / (2 * lengths)).mean(-1)).to(_at_least_float32(z).dtype)
+
+
 def variational_coding_rate(
     z: Float[Tensor, "*b n d"],
     U: Float[Tensor, "K d p"],

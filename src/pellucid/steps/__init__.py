@@ -3,13 +3,14 @@
 from pellucid.steps.blackbox import MHSA, MLP, BlackBox
 from pellucid.steps.denoise import Denoise, Renoise
 from pellucid.steps.ista import ISTA, FreeISTA, Momentum, SoftISTA, Synthesis
+from pellucid.steps.memory import Memory
 from pellucid.steps.mssa import MSSA, Decompression, ExactCompression, SubspaceStep, UntiedMSSA
 from pellucid.steps.overcomplete import OvercompleteISTA
 from pellucid.steps.power import MSP, OrthogonalIteration, PowerStep
 from pellucid.steps.rate_reduction import RateReduction, ShiftInvariantRateReduction
 from pellucid.steps.step import Layer, OnStep, Step, StepRecord, unroll
 from pellucid.steps.strict import StrictCompression, StrictISTA
-from pellucid.steps.tssa import TSSA, UntiedTSSA
+from pellucid.steps.tssa import TSSA, CausalTSSA, UntiedCausalTSSA, UntiedTSSA
 
 __all__ = [
     "ISTA",
@@ -19,11 +20,13 @@ __all__ = [
     "MSSA",
     "TSSA",
     "BlackBox",
+    "CausalTSSA",
     "Decompression",
     "Denoise",
     "ExactCompression",
     "FreeISTA",
     "Layer",
+    "Memory",
     "Momentum",
     "OnStep",
     "OrthogonalIteration",
@@ -39,6 +42,7 @@ __all__ = [
     "StrictISTA",
     "SubspaceStep",
     "Synthesis",
+    "UntiedCausalTSSA",
     "UntiedMSSA",
     "UntiedTSSA",
     "unroll",

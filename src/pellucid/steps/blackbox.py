@@ -7,12 +7,14 @@ half of CRATE for its black-box counterpart.
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pellucid.steps.memory import Memory
 from pellucid.steps.step import Step
 
 
@@ -46,7 +48,10 @@ class BlackBox(Step):
         """Where to move the tokens, given their normalised form."""
 
     def forward(self, z: Float[Tensor, "b n d"], x: Tensor | None = None) -> Float[Tensor, "b n d"]:
-        moved = self.branch(self.norm(z))
+        return self.add(z, self.branch(self.norm(z)))
+
+    def add(self, z: Float[Tensor, "b n d"], moved: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """The tokens with what the branch says added, scaled."""
         return z + (moved if self.layer_scale is None else moved * self.layer_scale)
 
     def objective(
@@ -56,7 +61,13 @@ class BlackBox(Step):
 
 
 class MHSA(BlackBox):
-    """Multi-head self-attention, with query, key and value of their own (Vaswani et al. 2017)."""
+    """Multi-head self-attention, with query, key and value of their own (Vaswani et al. 2017).
+
+    Args:
+        dim, norm, layer_scale, enter: see :class:`BlackBox`.
+        num_heads: how many attend side by side, each in ``dim // num_heads`` dimensions.
+        causal: a token sees itself and those before it.
+    """
 
     def __init__(
         self,
@@ -66,11 +77,13 @@ class MHSA(BlackBox):
         norm: nn.Module | None = None,
         layer_scale: float | None = None,
         enter: nn.Module | None = None,
+        causal: bool = False,
     ) -> None:
         super().__init__(dim, norm=norm, layer_scale=layer_scale, enter=enter)
         if dim % num_heads:
             raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
         self.num_heads = num_heads
+        self.sees = "past" if causal else "all"
         self.qkv = nn.Linear(dim, 3 * dim)
         self.output = nn.Linear(dim, dim)
         for linear in (self.qkv, self.output):
@@ -83,15 +96,53 @@ class MHSA(BlackBox):
     def attention(self, z: Float[Tensor, "b n d"]) -> Float[Tensor, "b K n n"]:
         """The attention weights, rows summing to one. :meth:`forward` has no need to form them."""
         q, k, _ = self.heads(self.norm(z))
-        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+        logits = q @ k.mT * q.shape[-1] ** -0.5
+        if self.sees == "past":
+            future = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
+            logits = logits.masked_fill(future, -torch.inf)
+        return logits.softmax(-1)
 
     def branch(self, u: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        mixed = F.scaled_dot_product_attention(*self.heads(u))
+        mixed = F.scaled_dot_product_attention(*self.heads(u), is_causal=self.sees == "past")
+        return self._out(mixed)
+
+    def forward(
+        self, z: Float[Tensor, "b n d"], x: Tensor | None = None, real: Bool[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        if real is None:
+            return super().forward(z, x)
+        mask = real[:, None, None, :]
+        mixed = F.scaled_dot_product_attention(*self.heads(self.norm(z)), attn_mask=mask)
+        return self.add(z, self._out(mixed))
+
+    def resume(self, z: Float[Tensor, "b n d"], state: Any, memory: Memory) -> tuple[Tensor, Any]:
+        """As every causal step's; keys and values are kept."""
+        if self.sees != "past":
+            return super().resume(z, state, memory)
+        query, key, value = self.heads(self.norm(z))
+        keys, values = state or (None, None)
+        keys, seen_keys = memory.keep(keys, key)
+        values, seen_values = memory.keep(values, value)
+        if state is None:
+            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        else:
+            mixed = F.scaled_dot_product_attention(query, seen_keys, seen_values, attn_mask=memory.visible)
+        return self.add(z, self._out(mixed)), (keys, values)
+
+    def _out(self, mixed: Tensor) -> Tensor:
         return self.output(mixed.transpose(-3, -2).flatten(-2))
 
 
 class MLP(BlackBox):
-    """Two linear maps with a GELU between them; the inner width is ``ratio * dim``."""
+    """Two linear maps with a GELU between them.
+
+    Args:
+        dim, norm, layer_scale, enter: see :class:`BlackBox`.
+        ratio: the inner width is ``ratio * dim``.
+        bias: of both maps.
+    """
+
+    sees = "itself"
 
     def __init__(
         self,
@@ -101,10 +152,11 @@ class MLP(BlackBox):
         norm: nn.Module | None = None,
         layer_scale: float | None = None,
         enter: nn.Module | None = None,
+        bias: bool = True,
     ) -> None:
         super().__init__(dim, norm=norm, layer_scale=layer_scale, enter=enter)
-        self.fc1 = nn.Linear(dim, int(dim * ratio))
-        self.fc2 = nn.Linear(int(dim * ratio), dim)
+        self.fc1 = nn.Linear(dim, int(dim * ratio), bias=bias)
+        self.fc2 = nn.Linear(int(dim * ratio), dim, bias=bias)
         for linear in (self.fc1, self.fc2):
             _init(linear)
 
@@ -115,4 +167,5 @@ class MLP(BlackBox):
 def _init(linear: nn.Linear) -> None:
     """As ViT begins."""
     nn.init.trunc_normal_(linear.weight, std=0.02)
-    nn.init.zeros_(linear.bias)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)

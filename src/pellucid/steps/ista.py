@@ -42,6 +42,7 @@ class ISTA(Step):
     """
 
     objective_name = "LASSO"
+    sees = "itself"
 
     def __init__(
         self,
@@ -138,6 +139,7 @@ class FreeISTA(Step):
     """
 
     objective_name = None
+    sees = "itself"
 
     def __init__(
         self,
@@ -222,6 +224,7 @@ class Synthesis(Step):
     """
 
     objective_name = None
+    sees = "itself"
     step_size = 1.0
 
     def __init__(self, dim: int, *, enter: nn.Module | None = None) -> None:

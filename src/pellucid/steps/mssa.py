@@ -14,15 +14,17 @@ projection. :class:`UntiedMSSA` is what the published models run: the same, with
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from pellucid.objectives.coding_rate import coding_rate, subspace_coding_rate
+from pellucid.objectives.coding_rate import coding_rate, prefix_coding_rate, subspace_coding_rate
 from pellucid.steps.kept import Kept, is_inference
+from pellucid.steps.memory import Memory
 from pellucid.steps.step import Step, full_precision
 
 
@@ -101,12 +103,54 @@ class SubspaceStep(Step):
 
 
 class AttentionStep(SubspaceStep):
-    """Compression by attention: a token moves towards a weighted mean of the tokens in each subspace.
+    r"""Compression by attention: a token moves towards a weighted mean of the tokens in each subspace.
 
     The objective is R^c of the projected tokens scaled to unit length, the authors' own layer-wise measure.
     Attention turns the tokens of a subspace towards each other; their length it does not control, because
     the residual is Z where the gradient step has (1 - step_size b) Z.
+
+    Args:
+        dim, num_heads, head_dim, step_size, eps, norm, enter, orthonormal: see :class:`SubspaceStep`.
+        causal: a token sees itself and those before it. It then moves down the rate of its own prefix,
+
+            .. math:: z_t^+ = z_t - \kappa\,\partial R^c(z_1, \dots, z_t \mid U) / \partial z_t ,
+
+            and the objective is the mean of the rates of all prefixes. Each token descends another function,
+            and a prefix's other tokens move at the same time, so the step is no gradient of anything:
+            whether the mean falls is measured.
     """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        head_dim: int | None = None,
+        *,
+        step_size: float = 1.0,
+        eps: float = 0.1,
+        norm: nn.Module | None = None,
+        enter: nn.Module | None = None,
+        orthonormal: bool = False,
+        causal: bool = False,
+    ) -> None:
+        super().__init__(
+            dim,
+            num_heads,
+            head_dim,
+            step_size=step_size,
+            eps=eps,
+            norm=norm,
+            enter=enter,
+            orthonormal=orthonormal,
+        )
+        if causal:
+            self.sees = "past"
+            self.objective_name = self.objective_name.replace("Z", "Z_<=t")
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees those before it only."""
+        return self.sees == "past"
 
     @property
     def scale(self) -> float:
@@ -119,20 +163,60 @@ class AttentionStep(SubspaceStep):
     def attention(self, z: Float[Tensor, "b n d"]) -> Float[Tensor, "b K n n"]:
         """The attention weights, rows summing to one. :meth:`forward` has no need to form them."""
         w = self.project(z)
-        return (w @ w.mT * self.scale).softmax(-1)
+        return self._weights(w @ w.mT * self.scale)
 
-    def attend(self, w: Float[Tensor, "b K n p"]) -> Float[Tensor, "b n Kp"]:
-        if _forms_weights(w):
+    def attend(
+        self, w: Float[Tensor, "b K n p"], real: Bool[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b n Kp"]:
+        """The mean that each token moves towards, of all subspaces side by side."""
+        if real is not None:
+            mixed = F.scaled_dot_product_attention(
+                w, w, w, attn_mask=real[:, None, None, :], scale=self.scale
+            )
+        elif _forms_weights(w):
             w = w.contiguous()
-            mixed = (w @ w.mT * self.scale).softmax(-1) @ w
+            mixed = self._weights(w @ w.mT * self.scale) @ w
         else:
-            mixed = F.scaled_dot_product_attention(w, w, w, scale=self.scale)
+            mixed = F.scaled_dot_product_attention(w, w, w, is_causal=self.causal, scale=self.scale)
         return mixed.transpose(-3, -2).flatten(-2)
+
+    @abstractmethod
+    def speak(self, mixed: Float[Tensor, "b n Kp"]) -> Float[Tensor, "b n d"]:
+        """Coordinates in all subspaces, in the width of a token."""
+
+    def direction(self, w: Float[Tensor, "b K n p"]) -> Float[Tensor, "b n d"]:
+        return self.speak(self.attend(w))
+
+    def forward(
+        self, z: Float[Tensor, "b n d"], x: Tensor | None = None, real: Bool[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        return self._move(z, self.attend(self.project(z), real))
+
+    def resume(self, z: Float[Tensor, "b n d"], state: Any, memory: Memory) -> tuple[Tensor, Any]:
+        """As every causal step's; one tensor is kept, as query, key and value are one projection."""
+        if not self.causal:
+            return super().resume(z, state, memory)
+        w = self.project(z)
+        kept, seen = memory.keep(state, w)
+        if state is None:
+            return self._move(z, self.attend(w)), kept
+        mixed = F.scaled_dot_product_attention(w, seen, seen, attn_mask=memory.visible, scale=self.scale)
+        return self._move(z, mixed.transpose(-3, -2).flatten(-2)), kept
 
     def objective(
         self, z: Float[Tensor, "b n d"], start: Float[Tensor, "b n d"], x: Tensor | None = None
     ) -> Float[Tensor, " b"]:
-        return coding_rate(F.normalize(self.project(z), dim=-1), self.eps).sum(-1)
+        w = F.normalize(self.project(z), dim=-1)
+        return (prefix_coding_rate if self.causal else coding_rate)(w, self.eps).sum(-1)
+
+    def _move(self, z: Tensor, mixed: Tensor) -> Tensor:
+        return torch.add(z, self.speak(mixed), alpha=self.step_size)
+
+    def _weights(self, logits: Tensor) -> Tensor:
+        if self.causal:
+            future = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
+            logits = logits.masked_fill(future, -torch.inf)
+        return logits.softmax(-1)
 
 
 class MSSA(AttentionStep):
@@ -144,8 +228,8 @@ class MSSA(AttentionStep):
     the gradient's :math:`(1 - \kappa b) Z`, the same up to a scale.
     """
 
-    def direction(self, w: Float[Tensor, "b K n p"]) -> Float[Tensor, "b n d"]:
-        return self.attend(w) @ self.subspaces.weight
+    def speak(self, mixed: Float[Tensor, "b n Kp"]) -> Float[Tensor, "b n d"]:
+        return mixed @ self.subspaces.weight
 
 
 class UntiedMSSA(AttentionStep):
@@ -168,6 +252,7 @@ class UntiedMSSA(AttentionStep):
         enter: nn.Module | None = None,
         orthonormal: bool = False,
         output_bias: bool = True,
+        causal: bool = False,
     ) -> None:
         super().__init__(
             dim,
@@ -178,11 +263,12 @@ class UntiedMSSA(AttentionStep):
             norm=norm,
             enter=enter,
             orthonormal=orthonormal,
+            causal=causal,
         )
         self.output = output_map(self.subspaces, output_bias)
 
-    def direction(self, w: Float[Tensor, "b K n p"]) -> Float[Tensor, "b n d"]:
-        return self.output(self.attend(w))
+    def speak(self, mixed: Float[Tensor, "b n Kp"]) -> Float[Tensor, "b n d"]:
+        return self.output(mixed)
 
 
 class Decompression(UntiedMSSA):
@@ -194,13 +280,13 @@ class Decompression(UntiedMSSA):
 
     objective_name = "-R^c(Z | U)"
 
-    def forward(self, z: Float[Tensor, "b n d"], x: Tensor | None = None) -> Float[Tensor, "b n d"]:
-        return torch.sub(z, self.direction(self.project(z)), alpha=self.step_size)
-
     def objective(
         self, z: Float[Tensor, "b n d"], start: Float[Tensor, "b n d"], x: Tensor | None = None
     ) -> Float[Tensor, " b"]:
         return -super().objective(z, start, x)
+
+    def _move(self, z: Tensor, mixed: Tensor) -> Tensor:
+        return torch.sub(z, self.speak(mixed), alpha=self.step_size)
 
 
 class ExactCompression(SubspaceStep):

@@ -40,6 +40,7 @@ class OvercompleteISTA(Step):
     """
 
     objective_name = "LASSO"
+    sees = "itself"
 
     def __init__(
         self,

@@ -6,12 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, Literal, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
+
+from pellucid.steps.memory import Memory
 
 
 class Step(nn.Module, ABC):
@@ -25,10 +27,14 @@ class Step(nn.Module, ABC):
         objective_name: what :meth:`objective` measures, as the audit prints it; None for a step that was
             derived from nothing, such as an MLP.
         step_size: how far along its direction the step goes.
+        sees: which tokens decide where one goes: ``"all"`` of them, in its ``"past"`` (itself included), or
+            ``"itself"`` alone. A batch with padding is handed to the first with ``real=``, a mask of the
+            tokens that count; the second can ``resume``; to the third every token is a batch of its own.
     """
 
     objective_name: str | None
     step_size: float
+    sees: Literal["all", "past", "itself"] = "all"
 
     def __init__(self, enter: nn.Module | None = None) -> None:
         super().__init__()
@@ -54,10 +60,20 @@ class Step(nn.Module, ABC):
         """The objective is guaranteed not to rise below this step size; None where it is only measured."""
         return None
 
+    def resume(self, z: Float[Tensor, "b n d"], state: Any, memory: Memory) -> tuple[Tensor, Any]:
+        """The tokens that arrive, moved as among all so far, and what to keep of them. Causal steps only.
+
+        Args:
+            z: tokens that arrive, at ``memory.places``.
+            state: what the last call gave back; None before the first.
+            memory: lengths and places.
+        """
+        raise TypeError(f"{type(self).__name__} sees tokens that are still to come - it cannot be resumed")
+
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """What :func:`unroll` saw at one step: ``step(z, x) == z_next``.
+    """What :func:`unroll` saw at one step: ``step(z, x) == z_next``, without padding or a memory.
 
     Attributes:
         layer: from 1.
@@ -65,6 +81,7 @@ class StepRecord:
         z: tokens as the step received them (after ``step.enter``).
         z_next: tokens after the step.
         x: what stayed fixed.
+        real: which tokens are no padding; None where all are.
 
     ``pellucid.measure.run_with_cache`` gives the same by TransformerLens's names, where layers count from 0:
 
@@ -86,6 +103,19 @@ class StepRecord:
     z: Tensor
     z_next: Tensor
     x: Tensor | None
+    real: Tensor | None = None
+
+    def before_and_after(self) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+        """The step's objective on either side of it; of each sample over its real tokens alone."""
+        if self.real is None:
+            return self.step.before_and_after(self.z, self.z_next, self.x)
+        before, after = [], []
+        for i, keep in enumerate(self.real):
+            x = None if self.x is None else self.x[i : i + 1, keep]
+            pair = self.step.before_and_after(self.z[i : i + 1, keep], self.z_next[i : i + 1, keep], x)
+            before.append(pair[0])
+            after.append(pair[1])
+        return torch.cat(before), torch.cat(after)
 
 
 def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
@@ -106,9 +136,12 @@ class Layer(nn.ModuleDict):
         x: Tensor | None = None,
         on_step: OnStep | None = None,
         index: int = 1,
+        real: Bool[Tensor, "b n"] | None = None,
+        memory: Memory | None = None,
     ) -> Float[Tensor, "b n d"]:
         """The tokens after all steps; as layer ``index`` in the records that ``on_step`` sees."""
-        return _run_steps(index, cast("Iterable[tuple[str, Step]]", self.items()), z, x, on_step)
+        steps = cast("Iterable[tuple[str, Step]]", self.items())
+        return _run_steps(index, steps, z, x, on_step, real, memory)
 
 
 def unroll(
@@ -118,6 +151,8 @@ def unroll(
     on_step: OnStep | None = None,
     *,
     checkpoint: bool = False,
+    real: Bool[Tensor, "b n"] | None = None,
+    memory: Memory | None = None,
 ) -> Float[Tensor, "b n d"]:
     """Run the steps of all layers in order. The only loop over layers in the library.
 
@@ -131,32 +166,52 @@ def unroll(
         on_step: called with a :class:`StepRecord` after every step. Costs nothing when absent.
         checkpoint: recompute each layer in the backward pass in place of keeping its activations. Not
             combined with ``on_step``, which would be called twice.
+        real: which tokens are no padding. Steps in which all tokens meet leave out the others; what becomes
+            of those does not matter.
+        memory: ``z`` follows the tokens that causal steps remember here, and is remembered in turn.
     """
     for index, layer in enumerate(layers, start=1):
         if checkpoint and on_step is None:
-            z = recompute(_run_layer, index, layer, z, x, None, use_reentrant=False)
+            z = recompute(_run_layer, index, layer, z, x, None, real, use_reentrant=False)
         else:
-            z = _run_layer(index, layer, z, x, on_step)
+            z = _run_layer(index, layer, z, x, on_step, real, memory)
     return z
 
 
 def _run_layer(
-    index: int, layer: nn.Module | Mapping[str, Step], z: Tensor, x: Tensor | None, on_step: OnStep | None
+    index: int,
+    layer: nn.Module | Mapping[str, Step],
+    z: Tensor,
+    x: Tensor | None,
+    on_step: OnStep | None,
+    real: Tensor | None = None,
+    memory: Memory | None = None,
 ) -> Tensor:
     if isinstance(layer, Layer):
-        return layer(z, x, on_step, index)
+        return layer(z, x, on_step, index, real, memory)
     if isinstance(layer, Step):
         layer = {type(layer).__name__.lower(): layer}
-    return _run_steps(index, cast("Mapping[str, Step]", layer).items(), z, x, on_step)
+    return _run_steps(index, cast("Mapping[str, Step]", layer).items(), z, x, on_step, real, memory)
 
 
 def _run_steps(
-    index: int, steps: Iterable[tuple[str, Step]], z: Tensor, x: Tensor | None, on_step: OnStep | None
+    index: int,
+    steps: Iterable[tuple[str, Step]],
+    z: Tensor,
+    x: Tensor | None,
+    on_step: OnStep | None,
+    real: Tensor | None,
+    memory: Memory | None,
 ) -> Tensor:
     for name, step in steps:
         z = step.enter(z)
-        z_next = step(z, x)
+        if memory is not None and step.sees != "itself":
+            z_next, memory.states[index, name] = step.resume(z, memory.states.get((index, name)), memory)
+        elif real is not None and step.sees == "all":
+            z_next = step(z, x, real=real)
+        else:
+            z_next = step(z, x)
         if on_step is not None:
-            on_step(StepRecord(index, name, step, z, z_next, x))
+            on_step(StepRecord(index, name, step, z, z_next, x, real))
         z = z_next
     return z

@@ -8,21 +8,29 @@ A log-determinant is below the sum of the logarithms of the diagonal, in whateve
     \qquad m_{ki} = \tfrac{1}{n_k} \sum_j \pi_{jk} (z_j U_k)_i^2
 
 bounds the rate of tokens that belong to K groups with weights :math:`\Pi`, and its gradient needs second
-moments only: no token is compared with another.
+moments only: no token is compared with another. Where tokens come in an order, the moments are those of the
+tokens so far (:class:`CausalTSSA`), a running sum.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pellucid.objectives.coding_rate import variational_coding_rate
+from pellucid.objectives.coding_rate import prefix_variational_coding_rate, variational_coding_rate
+from pellucid.steps.memory import Memory
 from pellucid.steps.mssa import SubspaceStep, output_map
+from pellucid.steps.step import full_precision
 
 SMALLEST_ENERGY = 1e-18
 """Of a coordinate over all tokens, in front of a division: its inverse squared is a number in float32."""
+
+SMALLEST_PREFIX_ENERGY = 1e-12
+"""The same of the tokens so far, as published: few tokens may well be near zero in some coordinate."""
 
 
 class TSSA(SubspaceStep):
@@ -44,6 +52,7 @@ class TSSA(SubspaceStep):
     """
 
     objective_name = "R^c_var(Z | U)"
+    rate = staticmethod(variational_coding_rate)
 
     def __init__(
         self,
@@ -102,17 +111,23 @@ class TSSA(SubspaceStep):
         return tokens * (membership.mT @ (blocks * -slope))
 
     def direction(self, w: Float[Tensor, "b K n p"]) -> Float[Tensor, "b n d"]:
-        return self.directions(w) @ self.subspaces.weight
+        return self.speak(self.directions(w))
+
+    def speak(self, moved: Float[Tensor, "b n Kp"]) -> Float[Tensor, "b n d"]:
+        """Coordinates in all subspaces, in the width of a token."""
+        return moved @ self.subspaces.weight
 
     def objective(
         self, z: Float[Tensor, "b n d"], start: Float[Tensor, "b n d"], x: Tensor | None = None
     ) -> Float[Tensor, " b"]:
-        # Rounded to half precision, a token's memberships would not sum to one.
-        w = self.project(start)
-        membership = self.membership(w.float() if w.dtype in (torch.float16, torch.bfloat16) else w)
+        membership = self.membership(_at_least_float32(self.project(start)))
+        return self.rate(self.norm(z), self.U, membership.mT, self.eps, shift=self.shift)
+
+    @property
+    def shift(self) -> Float[Tensor, "K p"] | None:
+        """What is added to the projections."""
         bias: Tensor | None = self.subspaces.bias
-        shift = None if bias is None else bias.unflatten(0, (self.num_heads, self.head_dim))
-        return variational_coding_rate(self.norm(z), self.U, membership.mT, self.eps, shift=shift)
+        return None if bias is None else bias.unflatten(0, (self.num_heads, self.head_dim))
 
     def max_step_size(self, num_tokens: int | None = None) -> float | None:
         r""":math:`2 / (\tfrac{d}{\epsilon^2} \|\sum_k U_k U_k^\top\|_2)`; None behind a norm.
@@ -133,6 +148,7 @@ class UntiedTSSA(TSSA):
 
     Args:
         layer_scale: where the learned step sizes begin; None for none.
+        output_bias: of the output matrix.
     """
 
     def __init__(
@@ -147,19 +163,183 @@ class UntiedTSSA(TSSA):
         enter: nn.Module | None = None,
         bias: bool = True,
         layer_scale: float | None = None,
+        output_bias: bool = True,
     ) -> None:
         super().__init__(
             dim, num_heads, head_dim, step_size=step_size, eps=eps, norm=norm, enter=enter, bias=bias
         )
-        self.output = output_map(self.subspaces, True)
+        self.output = output_map(self.subspaces, output_bias)
         self.layer_scale = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale))
 
-    def direction(self, w: Float[Tensor, "b K n p"]) -> Float[Tensor, "b n d"]:
-        moved, output, scale = self.directions(w), self.output, self.layer_scale
+    def speak(self, moved: Float[Tensor, "b n Kp"]) -> Float[Tensor, "b n d"]:
+        output, scale = self.output, self.layer_scale
         if scale is None:
             return output(moved)
-        return F.linear(moved, scale[:, None] * output.weight, scale * output.bias)  # few rows, many tokens
+        bias: Tensor | None = output.bias
+        bias = None if bias is None else scale * bias
+        return F.linear(moved, scale[:, None] * output.weight, bias)  # few rows, many tokens
 
     def max_step_size(self, num_tokens: int | None = None) -> float | None:
         """None: nothing ties the output to the subspaces."""
         return None
+
+
+class CausalTSSA(TSSA):
+    r"""TSSA on tokens in their order: each moves by the statistics of the tokens so far, itself included.
+
+    .. math::
+        z_t^+ = z_t - \kappa \sum_k \pi_{tk}\, z_t U_k\, D_k^{(t)} U_k^\top, \qquad
+        m_{ki}^{(t)} = \frac{\sum_{j \le t} \pi_{jk} (z_j U_k)_i^2}{\sum_{j \le t} \pi_{jk}}
+
+    The groups of a token are chosen when it arrives, from coordinates scaled to unit energy over the tokens
+    so far, and stay. So :math:`z_t` moves by t times the gradient, in itself, of its own prefix's
+    :math:`R^c_{\mathrm{var}}` at fixed groups, and the objective is the mean of this bound over prefixes.
+    The other tokens of the prefix move at the same time, each down its own. Where the bases are orthonormal
+    and do not overlap, every step shrinks every coordinate for ``step_size < 2 / scale``, so the bound of
+    every prefix falls; else it is measured.
+
+    Args:
+        dim, num_heads, head_dim, step_size, eps, norm, enter, bias: as in :class:`TSSA`.
+        block_size: give every place of every head a learned number that is added to the energy of each
+            coordinate (``offset``), as the published language model has. The step then takes no more tokens
+            than this; None for any number.
+    """
+
+    objective_name = "R^c_var(Z_<=t | U)"
+    rate = staticmethod(prefix_variational_coding_rate)
+    sees = "past"
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        head_dim: int | None = None,
+        *,
+        step_size: float = 1.0,
+        eps: float | None = None,
+        norm: nn.Module | None = None,
+        enter: nn.Module | None = None,
+        bias: bool = False,
+        block_size: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            dim,
+            num_heads,
+            head_dim,
+            step_size=step_size,
+            eps=eps,
+            norm=norm,
+            enter=enter,
+            bias=bias,
+            **options,
+        )
+        self.offset = None if block_size is None else nn.Parameter(torch.zeros(num_heads, block_size))
+
+    def membership(self, w: Float[Tensor, "b K n p"]) -> Float[Tensor, "b K n"]:
+        """As in :class:`TSSA`, each token's from the energy of those so far."""
+        return self._memberships(w.square(), w.square().cumsum(-2), None)
+
+    def moments(
+        self, w: Float[Tensor, "b K n p"], membership: Float[Tensor, "b K n"]
+    ) -> Float[Tensor, "b K n p"]:
+        """Second moments of each coordinate of each subspace over the tokens so far, for every token."""
+        energy = (membership.unsqueeze(-1) * w.square()).cumsum(-2)
+        return energy / membership.cumsum(-1).clamp_min(1e-8).unsqueeze(-1)
+
+    def directions(self, w: Float[Tensor, "b K n p"]) -> Float[Tensor, "b n Kp"]:
+        return self._continue(w, None, None)[0]
+
+    def resume(self, z: Float[Tensor, "b n d"], state: Any, memory: Memory) -> tuple[Tensor, Any]:
+        """As every causal step's; three running sums are kept, ``2 K p + K`` numbers whatever the length."""
+        if state is None and memory.even:
+            moved, sums = self._continue(self.project(z), None, None)
+        else:
+            moved, sums = self._continue(self.project(z), state, memory.places)
+        row = torch.arange(len(z), device=z.device)
+        kept = tuple(part[row, :, memory.last] for part in sums)
+        return torch.add(z, self.speak(moved), alpha=self.step_size), kept
+
+    def max_step_size(self, num_tokens: int | None = None) -> float | None:
+        """None: the step is no gradient, and only bases without overlap promise descent."""
+        return None
+
+    def _continue(
+        self, w: Tensor, state: tuple[Tensor, Tensor, Tensor] | None, places: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Where to move the tokens that follow those in ``state``, and the running sums after each.
+
+        The sums are of squares ``(b, K, n, p)``, of squares by membership, and of membership ``(b, K, n)``.
+        """
+        with full_precision(w):  # a running sum of many
+            v = _at_least_float32(w)
+            before = (0.0, 0.0, 0.0) if state is None else tuple(part.unsqueeze(2) for part in state)
+            squares = v.square()
+            energy = squares.cumsum(-2) + before[0]
+            membership = self._memberships(squares, energy, places)
+            weighted = (membership.unsqueeze(-1) * squares).cumsum(-2) + before[1]
+            size = membership.cumsum(-1) + before[2]
+            moments = weighted / size.clamp_min(1e-8).unsqueeze(-1)
+            slope = self.scale / (1 + self.scale * moments)
+            moved = -(v * membership.unsqueeze(-1) * slope)
+        return moved.to(w.dtype).transpose(-3, -2).flatten(-2), (energy, weighted, size)
+
+    def _memberships(self, squares: Tensor, energy: Tensor, places: Int[Tensor, "b n"] | None) -> Tensor:
+        shares = (squares / energy.clamp_min(SMALLEST_PREFIX_ENERGY)).sum(-1)
+        if self.offset is not None:
+            shares = shares + self.head_dim * self._offset_at(shares.shape[-1], places)
+        return (shares * self.temperature[:, None]).softmax(-2)
+
+    def _offset_at(self, n: int, places: Tensor | None) -> Tensor:
+        """Of the first n places, or of those given, ``(b, K, n)``."""
+        assert self.offset is not None
+        limit = self.offset.shape[-1]
+        if places is None and n <= limit:
+            return self.offset[:, :n]
+        reached = n if places is None else int(places.max()) + 1
+        if reached > limit:
+            raise ValueError(
+                f"{reached} tokens for a step with an offset for each of {limit} places - give fewer, or "
+                f"build it with block_size=None"
+            )
+        return self.offset[:, places].transpose(0, 1)
+
+
+class UntiedCausalTSSA(CausalTSSA, UntiedTSSA):
+    """Causal TSSA as the published ToST for language runs it: :class:`CausalTSSA` with the free output,
+    biases and layer scale of :class:`UntiedTSSA`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        head_dim: int | None = None,
+        *,
+        step_size: float = 1.0,
+        eps: float | None = None,
+        norm: nn.Module | None = None,
+        enter: nn.Module | None = None,
+        bias: bool = True,
+        block_size: int | None = None,
+        layer_scale: float | None = None,
+        output_bias: bool = True,
+    ) -> None:
+        super().__init__(
+            dim,
+            num_heads,
+            head_dim,
+            step_size=step_size,
+            eps=eps,
+            norm=norm,
+            enter=enter,
+            bias=bias,
+            block_size=block_size,
+            layer_scale=layer_scale,
+            output_bias=output_bias,
+        )
+
+
+def _at_least_float32(w: Tensor) -> Tensor:
+    """Rounded to half precision, a token's memberships would not sum to one."""
+    return w.float() if w.dtype in (torch.float16, torch.bfloat16) else w
