@@ -15,6 +15,7 @@ _HOMES = {
     "create_model": "pellucid.models",
     "evaluate": "pellucid.measure",
     "from_published": "pellucid.models",
+    "generate": "pellucid.models",
     "list_models": "pellucid.models",
     "load": "pellucid.models",
     "load_data": "pellucid.data",
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from pellucid.data import load_data
     from pellucid.glass.feed import batches
     from pellucid.measure import audit, evaluate
-    from pellucid.models import create_model, from_published, list_models, load, read_published
+    from pellucid.models import create_model, from_published, generate, list_models, load, read_published
     from pellucid.steps import unroll
     from pellucid.training import train
 

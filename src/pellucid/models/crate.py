@@ -55,19 +55,20 @@ def build_layer(
     residual: bool,
     norm_eps: float,
     orthonormal: bool,
+    causal: bool = False,
 ) -> Layer:
-    """One layer of CRATE: compress, then sparsify."""
+    """One layer of CRATE: compress, then sparsify; ``causal`` by attention alone, tied, untied or not."""
     norm = partial(nn.LayerNorm, dim, eps=norm_eps)
     compress: Step
     sparsify: Step
     if compression == "mhsa":
-        compress = MHSA(dim, num_heads, norm=norm())
+        compress = MHSA(dim, num_heads, norm=norm(), causal=causal)
     elif compression == "strict":
         compress = StrictCompression(dim, num_heads, eps=eps, enter=norm())
     else:
         made: Any = {
-            "tied": MSSA,
-            "untied": partial(UntiedMSSA, output_bias=output_bias),
+            "tied": partial(MSSA, causal=causal),
+            "untied": partial(UntiedMSSA, output_bias=output_bias, causal=causal),
             "exact": ExactCompression,
         }[compression]
         compress = made(
@@ -157,7 +158,7 @@ class CRATE(Backbone):
         init: Literal["orthogonal", "published"] = "orthogonal",
         drop_rate: float = 0.0,
     ) -> None:
-        _check_options(compression, sparsification, overcomplete, decoupled, residual)
+        check_options(compression, sparsification, overcomplete, decoupled, residual)
         embed = TokenEmbedding(
             img_size,
             patch_size,
@@ -210,9 +211,10 @@ class CRATE(Backbone):
                 module.reset_parameters()
 
 
-def _check_options(
+def check_options(
     compression: str, sparsification: str, overcomplete: int, decoupled: bool, residual: bool
 ) -> None:
+    """Raise ValueError for halves that do not exist, and switches of one half that belong to another."""
     for name, value, known in (
         ("compression", compression, get_args(Compression)),
         ("sparsification", sparsification, get_args(Sparsification)),

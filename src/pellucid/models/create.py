@@ -1,23 +1,27 @@
-"""Models by name: ours and timm's."""
+"""Models by name: ours and timm's for images, ours for text."""
 
 from __future__ import annotations
 
 import inspect
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import timm
 from torch import nn
 
 from pellucid.errors import ConfigError, suggest
-from pellucid.models import crate, mae, tost, vit
+from pellucid.models import crate, language, mae, tost, vit
 from pellucid.models.backbone import ARCHITECTURES
 
 FAMILIES = (crate, mae, tost, vit)
 
 
-def list_models() -> list[str]:
-    """Names of the models defined here, white-box ones first. Any timm name works as well."""
+def list_models(kind: Literal["image", "text"] = "image") -> list[str]:
+    """Names of the models defined here, white-box ones first. For images any timm name works as well."""
+    if kind == "text":
+        return list(language.MODELS)
+    if kind != "image":
+        raise ConfigError(f"kind is '{kind}'; known: image, text")
     return [name for family in FAMILIES for name in sorted(_names(family))]
 
 
@@ -27,18 +31,22 @@ def some_models() -> list[str]:
 
 
 def create_model(name: str, *, pretrained: bool = False, **model_args: Any) -> nn.Module:
-    """A model by its name in timm's registry, ours included.
+    """A model by its name: ours, and all in timm's registry.
 
     Args:
-        name: such as ``"crate_tiny_patch16_224"`` or any timm model.
+        name: such as ``"crate_tiny_patch16_224"``, ``"crate_gpt_small"`` or any timm model.
         pretrained: take timm's published weights (needs the network; none of ours are published yet).
-        model_args: sizes and options of the architecture, such as ``num_classes``, ``img_size``, ``depth``.
+        model_args: sizes and options of the architecture, such as ``num_classes``, ``img_size`` or ``depth``,
+            of language models ``vocab_size``, ``context`` or ``depth``.
 
     Raises:
         ConfigError: an unknown name or option, with the nearest known one; sizes that do not fit.
     """
+    if name in language.MODELS:
+        return _create_text_model(name, pretrained, model_args)
     if not timm.is_model(name):
-        near = suggest(name, list_models() + timm.list_models("vit_*"), some_models())
+        known = list_models() + list_models("text") + timm.list_models("vit_*")
+        near = suggest(name, known, some_models())
         raise ConfigError(f"unknown model '{name}'{near}")
     if pretrained and name in list_models():
         raise ConfigError(f"no published weights for {name} yet - leave out pretrained, or train it")
@@ -48,6 +56,24 @@ def create_model(name: str, *, pretrained: bool = False, **model_args: Any) -> n
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"{name}: {error}") from error
     # What it takes to make the same again; saving a model writes both down.
+    model.architecture, model.model_args = name, model_args
+    return model
+
+
+def _create_text_model(name: str, pretrained: bool, model_args: dict[str, Any]) -> nn.Module:
+    found = language.MODELS[name]
+    if pretrained:
+        raise ConfigError(f"no published weights for {name} yet - leave out pretrained, or train it")
+    if model_args.keys() & {"in_chans", "num_classes", "img_size", "patch_size"}:
+        raise ConfigError(f"{name} reads text, not images - take an image model, such as crate_digits")
+    known = _options(found.cls)
+    for key in model_args:
+        if key not in known:
+            raise ConfigError(f"unknown model option '{key}' for {name}{suggest(key, known)}")
+    try:
+        model: Any = found.cls(**{**found.sizes, **model_args})
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{name}: {error}") from error
     model.architecture, model.model_args = name, model_args
     return model
 

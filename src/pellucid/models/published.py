@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.errors import CheckpointError, ConfigError, PellucidError
-from pellucid.models import crate, mae, tost
+from pellucid.models import crate, language, mae, tost
 from pellucid.models.create import create_model
 from pellucid.models.foreign import read_foreign
 from pellucid.models.saved import _NOT_SIZES, load_matched
@@ -41,7 +41,7 @@ class Family:
         signature: regular expressions; a file is of this family if each is the whole of some key.
         keys: regular expressions for the beginnings of their names, and ours in their place.
         sizes: arguments of the model, from the tensors under their names and the hints.
-        architecture: a name in timm's registry, from those arguments.
+        architecture: a name that ``create_model`` knows, from those arguments.
         ignored: regular expressions for whole keys that are of no use to the model, and may be there.
         adapt: what is stored in another form, made ours; after the renaming.
     """
@@ -73,7 +73,8 @@ class Published:
 def from_published(state_dict: Mapping[str, Any], **hints: Any) -> nn.Module:
     """A model from a published state dict.
 
-    Known are CRATE, CRATE-alpha, CRATE-MAE, ToST, and the ViTs of DINO, DINOv2, SimDINO and SimDINOv2.
+    Known are CRATE, CRATE-alpha, CRATE-MAE, ToST, the language models of CRATE (crate-lm) and ToST, and the
+    ViTs of DINO, DINOv2, SimDINO and SimDINOv2.
 
     The layout is recognised by its keys, sizes are read from shapes. A DINO backbone becomes timm's
     ``VisionTransformer`` without a classifier.
@@ -520,7 +521,138 @@ _DINO = Family(
     adapt=_split_positions,
 )
 
-FAMILIES = (_CRATE, _ALPHA, _MAE, _TOST, _DINOV2, _DINO)
+# --- language models of CRATE (Bai and Ma 2024, crate-lm) and ToST (Wu et al. 2024) -----------------------
+#
+# Both are laid out as GPT-2. The words that scores are read off are stored twice, under two names.
+
+
+def _tied(state: State) -> State:
+    """Words once."""
+    words = state.pop("lm_head.weight", None)
+    if words is not None and not torch.equal(words, state.get("embed.words.weight", words)):
+        raise CheckpointError(
+            "lm_head.weight differs from transformer.wte.weight: here scores are read off the words "
+            "themselves - take a checkpoint in which the two are tied"
+        )
+    return state
+
+
+def _text_sizes(state: State) -> dict[str, Any]:
+    vocab_size, dim = state["transformer.wte.weight"].shape
+    return {
+        "vocab_size": vocab_size,
+        "context": len(state["transformer.wpe.weight"]),
+        "embed_dim": dim,
+        "depth": _count(state, r"transformer\.h\.(\d+)\."),
+    }
+
+
+def _text_name(kind: str, sizes: Mapping[str, Any]) -> str:
+    size = _size_name(sizes["embed_dim"], language.SIZES)
+    return f"{kind}_{'small' if size == 'base' else size}"
+
+
+def _crate_lm_sizes(state: State, hints: Mapping[str, Any]) -> dict[str, Any]:
+    sizes = _text_sizes(state)
+    dim = sizes["embed_dim"]
+    return {
+        **sizes,
+        "num_heads": _heads(dim, language.SIZES),
+        "overcomplete": len(state["transformer.h.0.ista.weight"]) // dim,
+        "final_norm": "transformer.ln_f.weight" in state,  # the complete one has none
+    }
+
+
+def _crate_lm_adapt(state: State) -> State:
+    """A complete dictionary is stored with its atoms in columns, an overcomplete one in rows."""
+    adapted = {}
+    for key, value in _tied(state).items():
+        dictionary = re.fullmatch(r"(layers\.\d+\.sparsify\.)ista", key)
+        if not dictionary:
+            adapted[key] = value
+        elif value.shape[0] == value.shape[1]:
+            adapted[f"{dictionary[1]}dictionary"] = value
+        else:
+            adapted[f"{dictionary[1]}coder.dictionary"] = value.mT.contiguous()
+    if any(key.endswith(".sparsify.dictionary") for key in adapted):  # its norm is the step's door
+        adapted = {re.sub(r"(\.sparsify)\.norm\.", r"\1.enter.", key): v for key, v in adapted.items()}
+    return adapted
+
+
+_GPT_KEYS = (
+    (r"transformer\.wte\.", "embed.words."),
+    (r"transformer\.wpe\.", "embed.places."),
+    (r"transformer\.ln_f\.", "norm."),
+)
+
+_CRATE_LM = Family(
+    name="CRATE for language (crate-lm)",
+    signature=(
+        r"transformer\.wte\.weight",
+        r"transformer\.h\.0\.attn\.c_attn\.weight",
+        r"transformer\.h\.0\.prenorm_1\.weight",
+        r"transformer\.h\.0\.ista\.weight",
+    ),
+    keys=(
+        *_GPT_KEYS,
+        (r"transformer\.h\.(\d+)\.prenorm_1\.", r"layers.\1.compress.norm."),
+        (r"transformer\.h\.(\d+)\.attn\.c_attn\.", r"layers.\1.compress.subspaces."),
+        (r"transformer\.h\.(\d+)\.attn\.c_proj\.", r"layers.\1.compress.output."),
+        (r"transformer\.h\.(\d+)\.prenorm_2\.", r"layers.\1.sparsify.norm."),
+        (r"transformer\.h\.(\d+)\.ista\.weight$", r"layers.\1.sparsify.ista"),
+    ),
+    sizes=_crate_lm_sizes,
+    architecture=lambda sizes: _text_name(
+        "crate_gpt" if sizes["overcomplete"] == 1 else "crate_overcomplete_gpt", sizes
+    ),
+    ignored=(r"transformer\.h\.\d+\.attn\.bias",),  # the causal mask
+    adapt=_crate_lm_adapt,
+)
+
+
+def _tost_lm_sizes(state: State, hints: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **_text_sizes(state),
+        "num_heads": len(state["transformer.h.0.attn.temp"]),
+        "bias": "transformer.h.0.attn.c_attn.bias" in state,
+        "offset": "transformer.h.0.attn.denom_bias" in state,
+        "mlp_ratio": len(state["transformer.h.0.mlp.c_fc.weight"]) / state["transformer.wte.weight"].shape[1],
+    }
+
+
+def _tost_lm_adapt(state: State) -> State:
+    """Temperatures and offsets without their last axis, which has one entry."""
+    scalars = (".temperature", ".offset")
+    return {key: value.squeeze(-1) if key.endswith(scalars) else value for key, value in _tied(state).items()}
+
+
+_TOST_LM = Family(
+    name="ToST for language",
+    signature=(
+        r"transformer\.wte\.weight",
+        r"transformer\.h\.0\.attn\.c_attn\.weight",
+        r"transformer\.h\.0\.attn\.temp",
+        r"transformer\.h\.0\.mlp\.c_fc\.weight",
+    ),
+    keys=(
+        *_GPT_KEYS,
+        (r"transformer\.h\.(\d+)\.gamma1$", r"layers.\1.compress.layer_scale"),
+        (r"transformer\.h\.(\d+)\.ln_1\.", r"layers.\1.compress.norm."),
+        (r"transformer\.h\.(\d+)\.attn\.temp$", r"layers.\1.compress.temperature"),
+        (r"transformer\.h\.(\d+)\.attn\.denom_bias$", r"layers.\1.compress.offset"),
+        (r"transformer\.h\.(\d+)\.attn\.c_attn\.", r"layers.\1.compress.subspaces."),
+        (r"transformer\.h\.(\d+)\.attn\.c_proj\.", r"layers.\1.compress.output."),
+        (r"transformer\.h\.(\d+)\.gamma2$", r"layers.\1.sparsify.layer_scale"),
+        (r"transformer\.h\.(\d+)\.ln_2\.", r"layers.\1.sparsify.norm."),
+        (r"transformer\.h\.(\d+)\.mlp\.c_fc\.", r"layers.\1.sparsify.fc1."),
+        (r"transformer\.h\.(\d+)\.mlp\.c_proj\.", r"layers.\1.sparsify.fc2."),
+    ),
+    sizes=_tost_lm_sizes,
+    architecture=lambda sizes: _text_name("tost_gpt", sizes),
+    adapt=_tost_lm_adapt,
+)
+
+FAMILIES = (_CRATE, _ALPHA, _MAE, _TOST, _CRATE_LM, _TOST_LM, _DINOV2, _DINO)
 """Layouts that load; the first whose signature fits is taken."""
 
 REFUSED = (
@@ -531,9 +663,9 @@ REFUSED = (
         "take a CRATE-alpha classifier instead",
     ),
     (
-        "a language model (crate-lm or ToST)",
+        "a language model laid out as GPT-2",
         (r"(transformer\.)?h\.0\.attn\.c_attn\.weight",),
-        "not yet - here are vision models only",
+        "of this layout only CRATE's (crate-lm) and ToST's load - take one of those",
     ),
 )
 """Layouts that are recognised and do not load: name, signature, reason."""

@@ -2,7 +2,8 @@
 
 ``timm.create_model("local-dir:FOLDER", pretrained=True)`` and transformers'
 ``AutoModelForImageClassification.from_pretrained(FOLDER)`` read it too, once ``pellucid.models`` is imported.
-Nothing is ever unpickled, and a name from a file only ever selects from timm's registry.
+Language models have the same two files, with fewer entries. Nothing is ever unpickled, and a name from a file
+only ever selects from timm's registry and from our own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from pellucid.errors import CheckpointError, suggest
 from pellucid.models.create import create_model, list_models, some_models
+from pellucid.models.language import MODELS, LanguageModel
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -66,23 +68,33 @@ def describe_model(
     }
 
 
+def describe_text_model(model: Any, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The ``config.json`` of a language model made by :func:`~pellucid.models.create.create_model`."""
+    return {
+        "architecture": model.architecture,
+        "model_args": dict(model.model_args),
+        "num_parameters": sum(value.numel() for value in weights.values()),
+    }
+
+
 def load(path: str | os.PathLike[str]) -> nn.Module:
     """A trained model, from a run's folder or a ``model/`` folder, in eval mode.
 
-    Class names, mean and std are in ``model.pretrained_cfg``.
+    Class names, mean and std of a model for images are in ``model.pretrained_cfg``.
 
     Raises:
         CheckpointError: nothing there, an unknown architecture, a pickle, a damaged file, or weights that
             do not fit the architecture.
     """
     folder = _model_folder(Path(path))
-    name, num_classes, arguments, cfg = _read_config(folder)
-    if not isinstance(name, str) or not timm.is_model(name):
-        near = suggest(str(name), list_models(), some_models())
+    name, arguments, cfg = _read_config(folder)
+    if not isinstance(name, str) or not (name in MODELS or timm.is_model(name)):
+        near = suggest(str(name), list_models() + list_models("text"), some_models())
         raise CheckpointError(f"{folder}: unknown architecture '{name}'{near}")
-    model: Any = create_model(name, **{**arguments, "num_classes": num_classes})
+    model: Any = create_model(name, **arguments)
     load_matched(model, read_weights(folder / WEIGHTS), where=str(folder / WEIGHTS))
-    model.pretrained_cfg = {**vars(model)["pretrained_cfg"], **cfg}
+    if name not in MODELS:
+        model.pretrained_cfg = {**vars(model)["pretrained_cfg"], **cfg}
     return model.eval()
 
 
@@ -156,7 +168,10 @@ def copy_weights(model: nn.Module, path: str | os.PathLike[str], *, new_head: bo
             raise CheckpointError(
                 f"{path} is {saved}, the run asks for {model.architecture} - give --model {saved}"
             )
-    head = getattr(model, "pretrained_cfg", {}).get("classifier", "head")
+    text = isinstance(model, LanguageModel)
+    if text and new_head:
+        raise CheckpointError("a language model has no classifier to begin anew - leave out --new-head")
+    head = None if text else getattr(model, "pretrained_cfg", {}).get("classifier", "head")
     ours, theirs = model.state_dict(), dict(state)
     names = [key for key in ours if key.startswith(f"{head}.")]
     if new_head:
@@ -170,19 +185,21 @@ def copy_weights(model: nn.Module, path: str | os.PathLike[str], *, new_head: bo
     load_matched(model, theirs, where=str(path))
 
 
-def _read_config(folder: Path) -> tuple[Any, int, dict[str, Any], dict[str, Any]]:
-    """Architecture, number of classes, model_args and pretrained_cfg of a ``config.json``."""
+def _read_config(folder: Path) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """Architecture, arguments and ``pretrained_cfg`` of a ``config.json``; a language model has no cfg."""
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text())
-        arguments, cfg = dict(config["model_args"]), dict(config["pretrained_cfg"])
-        name, num_classes = config["architecture"], int(config["num_classes"])
+        name, arguments, cfg = config["architecture"], dict(config["model_args"]), {}
+        classes = {}
+        if str(name) not in MODELS:
+            cfg, classes = dict(config["pretrained_cfg"]), {"num_classes": int(config["num_classes"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not a model's config ({error}) - save the model again") from error
     foreign = sorted(_NOT_SIZES & arguments.keys())
     if foreign:
         raise CheckpointError(f"refused: {path} sets {', '.join(foreign)} in model_args - remove it")
-    return name, num_classes, arguments, cfg
+    return name, {**arguments, **classes}, cfg
 
 
 def _model_folder(path: Path) -> Path:
