@@ -24,6 +24,7 @@ OTHER = {
     "precision": "bf16", "accumulate": 2, "workers": 3, "eval_every": 2, "save_every": 7,
     "init_from": "there", "new_head": True, "max_bad": 0.5, "download": True, "data_root": "root",
     "threads": 2, "engine": "plain", "accelerator": "cpu", "devices": 2, "nodes": 2,
+    "strategy": "fsdp", "checkpoint_format": "sharded",
 }  # fmt: skip
 """A valid value of every option that is not its default."""
 
@@ -169,7 +170,8 @@ def test_an_option_of_a_resumed_run_is_fixed_or_free(name):
 def test_what_is_free_computes_the_same():
     """Nothing that the result depends on may be changed on resuming."""
     places = {"out", "data_root", "download", "save_every", "workers", "threads", "engine"}
-    assert places | {"accelerator", "devices", "nodes"} == FREE
+    places |= {"accelerator", "devices", "nodes", "strategy", "checkpoint_format"}
+    assert places | {"stop_on_collapse"} == FREE
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def test_the_test_loss_is_that_of_masks_that_hide_the_stated_share(digits):
     ({"objective_args": {"mask_ratio": 1.0}}, r"mask_ratio: a mask ratio of 1.0 leaves 0 of 16 patches"),
     ({"objective_args": {"mask_ratio": 0.0}}, "leaves 16 of 16"),
     ({"objective_args": {"mask_rato": 0.5}}, "did you mean 'mask_ratio'"),
-    ({"objective_args": {"mask_ratio": "much"}}, "mask_ratio is 'much'; expected a number"),
+    ({"objective_args": {"mask_ratio": "much"}}, "mask_ratio is 'much'; expected float"),
     ({"model_args": {"reg_tokens": 4}}, "no use for registers"),
 ])  # fmt: skip
 def test_what_cannot_be(digits, tmp_path, options, message):

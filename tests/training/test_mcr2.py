@@ -173,6 +173,17 @@ def test_refuses_distortions():
         SelfSupervisedMCR2(small(), weight=0)
 
 
+@pytest.mark.parametrize("kind", [MCR2, SelfSupervisedMCR2])
+def test_features_that_are_not_finite_make_a_loss_that_is_not(batch, kind):
+    images, labels = batch
+    images[3, 0, 2, 2] = math.nan
+    objective = kind(small())
+    parts = objective(images if kind is MCR2 else several(images.unflatten(0, (8, 5))), labels)
+    assert parts["loss"].isnan()
+    parts["loss"].backward()
+    assert all(value.isfinite().all() for value in objective.state_dict().values())
+
+
 # --- whole runs -------------------------------------------------------------------------------------------
 
 

@@ -124,10 +124,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for key, hint in hints.items():
-            value = _checked(key, getattr(self, key), hint)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(f"{key} is {value}; it must be finite")
-            setattr(self, key, value)
+            setattr(self, key, checked(key, getattr(self, key), hint))
         # YAML knows lists only, and a run is compared with what was written of it.
         for name in ("model_args", "objective_args"):
             given = getattr(self, name)
@@ -201,8 +198,10 @@ def refuse_changes(saved: TrainConfig, asked: TrainConfig) -> None:
         )
 
 
-def _checked(key: str, value: Any, hint: Any) -> Any:
-    """The value in the annotated type, or an error that names both."""
+def checked(key: str, value: Any, hint: Any) -> Any:
+    """The value in the annotated type, or an error that names both; no number is infinite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key} is {value}; it must be finite")
     options = get_args(hint)
     if get_origin(hint) is Literal:
         if str(value) in options:
@@ -222,9 +221,10 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
             return value
         if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
             try:
-                return float(value)
+                number = float(value)
             except ValueError:
                 continue
+            return checked(key, number, hint)
     names = " or ".join(getattr(t, "__name__", str(t)) for t in plain)
     raise ConfigError(f"{key} is {value!r}; expected {names}")
 

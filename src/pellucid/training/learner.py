@@ -77,6 +77,7 @@ class Learner:
         bad_loss = finite_loss is not None and not bool(finite_loss)
         if self.any_rank(bad_loss or not bool(norm.isfinite())):
             self.optimizer.zero_grad(set_to_none=True)
+            self.objective.refused_step()
             what = "loss" if bad_loss else "gradient" if not bool(norm.isfinite()) else "loss on another rank"
             raise NumericsError(f"non-finite {what} at step {self.step + 1}")
         if self.clip:
@@ -99,7 +100,6 @@ class Learner:
         """What the run hands over: the averaged weights where there are any."""
         return self.objective.handed_over() if self.average is None else self.average.weights
 
-    def follow_model(self) -> None:
     @contextmanager
     def measured(self, keep: bool = True) -> Iterator[tuple[Objective, Mapping[str, Tensor]]]:
         """An objective to measure with, and the weights of its model that the run would hand over now.
@@ -117,6 +117,7 @@ class Learner:
         yield self.plain, self.plain.handed_over() if average is None else average
         self.plain.cpu()
 
+    def follow_model(self) -> None:
         """Bring the optimiser's state and the average to the device that the model has moved to."""
         self.optimizer.load_tensors(self.optimizer.tensors())
         if self.average is not None:
@@ -130,11 +131,11 @@ class Learner:
             state |= {f"average/{name}": value for name, value in self.average.weights.items()}
         return state
 
-    def load_tensors(self, tensors: Mapping[str, Tensor], step: int) -> None:
     def whole_tensors(self, keep: bool = True) -> dict[str, Tensor]:
         """As :meth:`tensors`, put together where they are cut up, for a process that is to ``keep`` them."""
         return self.tensors() if self.plain is self.objective else _put_together(self.tensors(), keep)
 
+    def load_tensors(self, tensors: Mapping[str, Tensor], step: int) -> None:
         """The inverse of :meth:`tensors`."""
         parts: dict[str, dict[str, Tensor]] = {"objective": {}, "optimizer": {}, "average": {}}
         for key, value in tensors.items():
@@ -148,7 +149,6 @@ class Learner:
         self.step = step
 
 
-def _mix(seed: int, step: int, micro: int) -> int:
 def _put_together(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """Whole tensors on the CPU, one after the other; every process takes part."""
     found = {}
@@ -159,5 +159,6 @@ def _put_together(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor
     return found
 
 
+def _mix(seed: int, step: int, micro: int) -> int:
     """A 63-bit seed that differs for every (seed, step, micro-batch) in reach."""
     return (seed * 1_000_003 + step * 8_191 + micro) * 2_654_435_761 % (1 << 63)

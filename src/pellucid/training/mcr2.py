@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from pellucid.data import Crops
 from pellucid.errors import ConfigError
 from pellucid.objectives import class_coding_rate, coding_rate
-from pellucid.training.objective import Objective
+from pellucid.training.objective import Objective, all_finite
 from pellucid.training.ranks import gathered
 from pellucid.training.representation import Representation
 
@@ -70,6 +70,8 @@ class MCR2(Objective):
         z = unit_features(self.model, images)
         if self.training:  # evaluation is the first process's alone
             z, labels = gathered(z), gathered(labels)
+        if not all_finite(z):
+            return {"loss": z.sum()}
         expansion, compression = coding_rate(z, self.eps), class_coding_rate(z, labels, self.eps)
         known = labels >= 0
         z, labels = z.detach()[known], labels[known]
@@ -127,7 +129,7 @@ class SelfSupervisedMCR2(Representation):
     """
 
     many_views: ClassVar[bool] = True
-    recipe: ClassVar[Mapping[str, Any]] = {"lr": 1e-3, "large_crops": 4}
+    recipe: ClassVar[Mapping[str, Any]] = {"lr": 1e-3, "large_crops": 4, "small_crops": 0}
 
     def __init__(
         self, model: nn.Module, *, eps: float = 0.5**0.5, gain: float = 20.0, weight: float = 0.05
@@ -140,6 +142,8 @@ class SelfSupervisedMCR2(Representation):
     def forward(self, crops: Crops, labels: Int[Tensor, b] | None = None) -> dict[str, Tensor]:
         count = crops.large.shape[1]
         z = gathered(unit_features(self.model, crops.large.flatten(0, 1)))
+        if not all_finite(z):
+            return {"loss": z.sum()}
         owner = torch.arange(len(z) // count, device=z.device).repeat_interleave(count)
         expansion = coding_rate(z, self.eps / self.gain**0.5)
         compression = class_coding_rate(z, owner, self.eps)

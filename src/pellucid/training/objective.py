@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from pellucid.data import Masking
 from pellucid.errors import ConfigError, suggest
-from pellucid.training.config import Augment, TrainConfig
+from pellucid.training.config import Augment, TrainConfig, checked
 from pellucid.training.health import Verdict
 
 Batches = Iterable[tuple[Any, ...]]
@@ -72,12 +72,13 @@ class Objective(nn.Module):
         Raises:
             ConfigError: an unknown option, with the nearest known one, or a value that cannot be.
         """
-        options = cls.resolved(model, config, steps)
-        known = cls.options()
-        for name in options:
+        known, asked = cls.options(), {}
+        for name, value in config.objective_args.items():
             if name not in known:
                 raise ConfigError(f"unknown objective_args option '{name}'{suggest(name, known)}")
+            asked[name] = checked(name, value, known[name])
         try:
+            options = cls.resolved(model, replace(config, objective_args=asked), steps)
             objective = cls(model, **options)
         except TypeError as error:
             raise ConfigError(f"objective_args: {error}") from error
@@ -90,9 +91,11 @@ class Objective(nn.Module):
         return dict(config.objective_args)
 
     @classmethod
-    def options(cls) -> set[str]:
-        """Names of the numbers that define it."""
-        return set(inspect.signature(cls.__init__).parameters) - {"self", "model"}
+    def options(cls) -> dict[str, Any]:
+        """What ``objective_args`` may say: names and types."""
+        hints = get_type_hints(cls.__init__)
+        names = inspect.signature(cls.__init__).parameters.keys() - {"self", "model"}
+        return {name: hints[name] for name in names}
 
     def verdict(self, history: Sequence[Mapping[str, float]]) -> Verdict | None:
         """What to think of a run whose measures, oldest first, are these; None where accuracy says it."""
@@ -108,6 +111,9 @@ class Objective(nn.Module):
 
     def after_step(self, step: int, total: int) -> None:
         """Called when the optimiser has taken step ``step`` of ``total``, counted from 0."""
+
+    def refused_step(self) -> None:
+        """Called in its place when the step was not taken: what was seen in it is forgotten."""
 
     def handed_over(self) -> Mapping[str, Tensor]:
         """The weights of ``model`` that the run gives away."""
@@ -132,3 +138,8 @@ class Objective(nn.Module):
         finally:
             self.train(training)
         return {key: value / count for key, value in sums.items()} if count else {"loss": math.nan}
+
+
+def all_finite(*features: Tensor) -> bool:
+    """Whether a rate can be asked of them. If not, their sum is a loss for which the step will be refused."""
+    return all(bool(part.isfinite().all()) for part in features)

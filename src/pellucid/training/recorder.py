@@ -155,10 +155,12 @@ class Recorder:
         last = step == self.learner.total_steps
         if step % self.log_every == 0 or last:
             self._log_training()
-        if step % self.eval_every == 0 or last:
+        judged = step % self.eval_every == 0 or last
+        if judged:
             self.evaluate()
         late = time.monotonic() - self.saved_at > SAVE_SECONDS
-        collapsed = self.stop_on_collapse and self._collapsed()
+        # Right after a verdict only: a run that is resumed all the same has until the next one.
+        collapsed = judged and self.stop_on_collapse and self._collapsed()
         # All ranks stop after the same step.
         stopping = self.learner.any_rank(bool(self.stop.name) or collapsed)
         if step % self.save_every == 0 or last or late or stopping:
@@ -182,7 +184,7 @@ class Recorder:
             parts = objective.evaluate(weights, self.held())
         of_training = {k: v for k, v in self.latest.items() if not k.startswith("test ")}
         self.latest |= {f"test {key}": value for key, value in parts.items()}
-        self.history.append({**of_training, **parts})
+        self.history.append({**of_training, **parts, "step": self.learner.step})
         self.health = self.learner.objective.verdict(self.history)
         self._show()
         told = {} if self.health is None else {"health": self.health.state, "verdict": self.health.text}

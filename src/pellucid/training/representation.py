@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -30,16 +31,15 @@ class Representation(Objective):
 
     def __init__(self, model: nn.Module, heads: Mapping[str, nn.Module] | None = None) -> None:
         super().__init__(model, heads)
-        for name in ("forward_features", "forward_head"):
-            if not hasattr(model, name):
-                raise ConfigError(
-                    f"learning without labels needs a model with timm's {name}, and {type(model).__name__} "
-                    f"has none"
-                )
+        feature_width(model)
+        if getattr(model, "global_pool", None) == "":
+            raise ConfigError("an image needs one feature - give the model global_pool='avg' or 'token'")
 
     @torch.no_grad()
     def evaluate(self, weights: Mapping[str, Tensor], held: Held) -> dict[str, float]:
         features, labels = self._features(weights, held.test)
+        if not bool(features.isfinite().all()):
+            return dict.fromkeys(("effective rank", "cosine", "norm", "norm spread"), math.nan)
         lengths = features.norm(dim=-1)
         unit = F.normalize(features, dim=-1)
         n = len(unit)
@@ -50,7 +50,7 @@ class Representation(Objective):
             "norm spread": float(lengths.std(correction=0) / lengths.mean().clamp_min(1e-12)),
         }
         views, _ = self._features(weights, ((batch[0].large[:, :2], *batch[1:]) for batch in held.views))
-        if len(views):
+        if views.ndim == 3 and views.shape[1] == 2:
             first, second = F.normalize(views, dim=-1).unbind(1)
             measures["view cosine"] = float((first * second).sum(-1).mean())
         if bool((labels >= 0).any()):
@@ -115,5 +115,15 @@ def patch_grid(model: Any) -> tuple[int, int]:
 
 
 def feature_width(model: Any) -> int:
-    """Width of the pooled feature."""
+    """Width of the pooled feature.
+
+    Raises:
+        ConfigError: a model that gives none.
+    """
+    for name in ("forward_features", "forward_head", "num_features"):
+        if not hasattr(model, name):
+            raise ConfigError(
+                f"learning without labels needs a model with timm's {name}, and {type(model).__name__} has "
+                f"none"
+            )
     return int(model.num_features)

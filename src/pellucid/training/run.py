@@ -329,6 +329,8 @@ def _crop_choices(config: TrainConfig, model: Any) -> dict[str, Any]:
     count = config.small_crops if config.small_crops is not None else 0 if tiny else 8
     split = config.crop_split if config.crop_split is not None else 0.8 if tiny else 0.4
     size = config.small_size or max(1, round(side / 2 / patch)) * patch
+    if config.large_crops + count < 2:
+        raise ConfigError("one view of an image has no other to agree with - take two --large-crops")
     if count and size % patch:
         raise ConfigError(f"small_size is {size}; it must be made of patches of {patch}")
     return {"small_crops": count, "small_size": size, "crop_split": split}
@@ -370,9 +372,9 @@ def _train(setting: _Setting, out: Path, stop: StopFlag, resume: bool, progress:
         or _interval(0, setting.steps_per_epoch, learner.total_steps, at_most=20),
         data=images.fingerprint,
         stop=stop,
+        sharded=config.checkpoint_format == "sharded",
         stop_on_collapse=config.stop_on_collapse,
         waited=lambda: setting.waited[0],
-        sharded=config.checkpoint_format == "sharded",
         images_per_step=config.batch_size,
         writes=rank() == 0,
         progress=progress,
@@ -386,10 +388,10 @@ def _train(setting: _Setting, out: Path, stop: StopFlag, resume: bool, progress:
         with _threads(setting):
             _fit(setting, recorder)
     except NumericsError as error:
-        recorder.save()
-        if rank() > 0:
         if recorder.refused:
             raise
+        recorder.save()
+        if rank() > 0:
             raise
         raise NumericsError(_about_bad_batch(error, setting, out)) from error
     finally:
@@ -430,9 +432,9 @@ def _fit(setting: _Setting, recorder: Recorder) -> None:
             accelerator=config.accelerator,
             devices=config.devices,
             nodes=config.nodes,
+            strategy=config.strategy,
             remedy=lambda: _how_to_go_on(recorder.out),
         )
-            strategy=config.strategy,
 
 
 def _how_to_go_on(out: Path) -> str:

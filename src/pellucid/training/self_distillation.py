@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +16,7 @@ from pellucid.errors import ConfigError
 from pellucid.objectives import dino, masked_alignment, rate_ceiling, simdino
 from pellucid.objectives.self_distillation import published_constants
 from pellucid.training.config import TrainConfig
+from pellucid.training.objective import all_finite
 from pellucid.training.ranks import averaged, gathered, local
 from pellucid.training.recipe import cosine
 from pellucid.training.representation import Representation, feature_width, hidden, patch_grid
@@ -61,6 +62,10 @@ class SelfDistillation(Representation):
         self.teacher.requires_grad_(False)
         self.register_buffer("progress", torch.zeros(()))  # share of the run that lies behind
         self.train()
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        return {**super().options(), "preset": Literal["published"]}
 
     @property
     def student(self) -> dict[str, nn.Module]:
@@ -162,7 +167,7 @@ class SimDINO(SelfDistillation):
         numbers that the published run amounts to, whatever its flags say; their rate weighs four times less,
         which in short runs of small models is too little to keep features apart.
         """
-        asked = _checked_preset(config)
+        asked = dict(config.objective_args)
         preset = asked.pop("preset", None)
         at_once = config.batch_size // config.accumulate
         if preset is None:
@@ -192,6 +197,8 @@ class SimDINO(SelfDistillation):
         if size % self.group_size:
             student, teacher = gathered(student, 1), gathered(teacher, 1)
         student, teacher = F.normalize(student.float(), dim=-1), F.normalize(teacher.float(), dim=-1)
+        if not all_finite(student, teacher):
+            return {"loss": student.sum() + teacher.sum()}
         parts = simdino(
             student,
             teacher,
@@ -274,6 +281,8 @@ class DINO(SelfDistillation):
                 f"temperatures are {student_temperature} and {teacher_temperature}; expected one and two "
                 f"numbers larger than 0"
             )
+        if prototypes < 2:
+            raise ConfigError(f"prototypes is {prototypes}; there must be two to choose from")
         if not 0 <= centre_momentum <= 1:
             raise ConfigError(f"centre_momentum is {centre_momentum}; it must lie in 0..1")
         head = nn.Sequential(
@@ -288,7 +297,7 @@ class DINO(SelfDistillation):
 
     @classmethod
     def resolved(cls, model: nn.Module, config: TrainConfig, steps: int) -> dict[str, Any]:
-        asked = _checked_preset(config)
+        asked = dict(config.objective_args)
         if asked.pop("preset", None) is None:
             own = {"prototypes": 1024, "momentum": max(0.99, slow(steps))}
             return {**head_sizes(model), **own, **asked}
@@ -299,7 +308,7 @@ class DINO(SelfDistillation):
         self.prototypes[0].frozen = self.training and progress < 0.01
         student, teacher = self.student_views(crops), self.teacher_views(crops)
         if self.training:
-            self._seen.append(teacher.detach().float().mean((0, 1)))
+            self._seen.append(teacher.detach().to(self.centre.dtype).mean((0, 1)))
         start, end = self.teacher_temperature
         temperature = start + (end - start) * min(1.0, progress / 0.3)
         loss = dino(
@@ -321,6 +330,9 @@ class DINO(SelfDistillation):
             mean = averaged(torch.stack(self._seen).mean(0))
             self.centre.lerp_(mean, 1 - self.centre_momentum)
             self._seen.clear()
+
+    def refused_step(self) -> None:
+        self._seen.clear()
 
 
 class Projector(nn.Sequential):
@@ -373,13 +385,6 @@ def head_sizes(model: nn.Module) -> dict[str, int]:
     """A projector about as wide beside a small model as the published one beside a ViT-S."""
     width = feature_width(model)
     return {"head_dim": min(256, 2 * width), "head_hidden": min(2048, 6 * width)}
-
-
-def _checked_preset(config: TrainConfig) -> dict[str, Any]:
-    asked = dict(config.objective_args)
-    if asked.get("preset", "published") != "published":
-        raise ConfigError(f"preset is '{asked['preset']}'; known: published")
-    return asked
 
 
 def _of_views(pair: Any, images: Float[Tensor, "b v c h w"]) -> Float[Tensor, "v b k"]:
