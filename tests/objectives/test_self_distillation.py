@@ -1,10 +1,17 @@
-"""SimDINO's loss: the published numbers, and that it depends on its three constants alone."""
+"""SimDINO's loss: the published numbers, and that it depends on its three constants alone. DINO's, by hand."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from pellucid.objectives.self_distillation import alignment, expansion, published_constants, simdino
+from pellucid.objectives.self_distillation import (
+    alignment,
+    dino,
+    expansion,
+    masked_alignment,
+    published_constants,
+    simdino,
+)
 
 
 def unit(*shape, seed=0, dtype=torch.float64):
@@ -102,6 +109,98 @@ def test_half_precision_does_not_touch_the_rate():
     torch.testing.assert_close(rounded, expected, rtol=1e-3, atol=0)
 
 
+def test_the_published_run_is_its_groups_on_one_device():
+    """Eight devices, each with its own 64 images: the mean of their losses at the constants in closed form."""
+    student, teacher = unit(10, 512, 256), unit(2, 512, 256, seed=1)
+    found = simdino(student, teacher, **published_constants(256))
+    expansions = []
+    for s, t in zip(student[:2].split(64, 1), teacher.split(64, 1), strict=True):
+        for view in (s + t) / 2:
+            # Local moments over the number of all images, the flag's eps, as the program has it.
+            moments = torch.eye(256, dtype=view.dtype) + 256 / (64 * 8 * 0.05) * view.mT @ view
+            expansions.append(0.5 * torch.logdet(moments) * (256 + 512) / (256 * 512))
+    expected = torch.stack(expansions).mean()
+    torch.testing.assert_close(found["expansion"].double(), expected, rtol=1e-5, atol=0)
+
+
+def masks(b=6, patches=9, share=0.4):
+    mask = torch.rand(b, patches, generator=torch.Generator().manual_seed(3)) < share
+    mask[1] = False
+    mask[2] = True
+    return mask
+
+
+def test_masked_alignment_is_the_mean_of_the_images_means():
+    mask = masks()
+    student, teacher = (3 * unit(int(mask.sum()), 8, seed=seed) for seed in (0, 1))
+    expected, place = torch.zeros((), dtype=torch.float64), 0
+    for image in mask:
+        count = int(image.sum())
+        cosines = [F.cosine_similarity(student[place + k], teacher[place + k], dim=0) for k in range(count)]
+        expected += sum(cosines) / max(1, count) / len(mask)
+        place += count
+    assert place == len(student)
+    torch.testing.assert_close(masked_alignment(student, teacher, mask), expected)
+    whole = torch.ones(6, 9, dtype=torch.bool)
+    same = unit(54, 8)
+    assert masked_alignment(same, same, whole).item() == pytest.approx(1)
+    none = torch.zeros(6, 9, dtype=torch.bool)
+    assert masked_alignment(same[:0], same[:0], none) == 0
+
+
+def test_masked_alignment_does_not_change_with_the_split_of_a_batch():
+    mask = masks()
+    student, teacher = (unit(int(mask.sum()), 8, seed=seed) for seed in (0, 1))
+    sizes = [int(part.sum()) for part in mask.chunk(3)]
+    parts = [
+        masked_alignment(*args)
+        for args in zip(student.split(sizes), teacher.split(sizes), mask.chunk(3), strict=True)
+    ]
+    torch.testing.assert_close(torch.stack(parts).mean(), masked_alignment(student, teacher, mask))
+
+
+@pytest.mark.parametrize(("views", "seen"), [(2, 2), (5, 2), (4, 1), (3, 3)])
+def test_dino_is_the_cross_entropy_of_each_pair_of_different_views(views, seen):
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(views, 4, 7, generator=generator).requires_grad_()
+    teacher, centre = torch.randn(seen, 4, 7, generator=generator), torch.randn(7, generator=generator)
+    expected, pairs = 0.0, 0
+    for i in range(seen):
+        for j in range(views):
+            if i == j:
+                continue
+            pairs += 1
+            for image in range(4):
+                p = ((teacher[i, image] - centre) / 0.3).exp()
+                q = (student[j, image] / 0.2).exp()
+                expected = expected - ((p / p.sum()) * (q / q.sum()).log()).sum() / 4
+    loss = dino(student, teacher, centre, student_temperature=0.2, teacher_temperature=0.3)
+    torch.testing.assert_close(loss, expected / pairs)
+    (gradient,) = torch.autograd.grad(loss, student)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected / pairs, student)[0])
+
+
+def test_what_keeps_dino_from_collapse():
+    """A prototype that takes everything is worth nothing once the centre knows; all alike is the worst."""
+    k = 16
+    one = torch.zeros(3, 4, k)
+    one[..., 0] = 1.0
+    confident = dino(one, one[:2], torch.zeros(k))
+    centred = dino(one, one[:2], one[0, 0])
+    flat = dino(torch.zeros(3, 4, k), torch.zeros(2, 4, k), torch.zeros(k))
+    assert confident < 0.01
+    assert flat.item() == pytest.approx(torch.tensor(float(k)).log().item())
+    assert centred > flat
+
+
+def test_half_precision_scores_are_compared_in_single():
+    student, teacher = unit(3, 4, 16, dtype=torch.float32), unit(2, 4, 16, seed=1, dtype=torch.float32)
+    rounded = dino(student.bfloat16(), teacher.bfloat16(), torch.zeros(16))
+    assert rounded.dtype == torch.float32
+    again = dino(student.bfloat16().float(), teacher.bfloat16().float(), torch.zeros(16))
+    assert torch.equal(rounded, again)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -110,6 +209,7 @@ def test_half_precision_does_not_touch_the_rate():
         (lambda: alignment(unit(2, 4, 8), unit(3, 4, 8)), "do not fit"),
         (lambda: expansion(unit(2, 10, 8), 0.3, 4), "a batch of 10 does not fall into groups of 4"),
         (lambda: expansion(unit(2, 10, 8), 0.3, 0), "groups of 0"),
+        (lambda: dino(unit(1, 4, 8), unit(1, 4, 8), torch.zeros(8)), "one view has no other"),
     ],
 )
 @pytest.mark.usefixtures("unchecked_shapes")

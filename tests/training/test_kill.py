@@ -75,6 +75,18 @@ def test_killed_runs_end_in_the_same_bits(digits, tmp_path, kill_at_random, diff
         round_ += 1
 
 
+@pytest.mark.parametrize("objective", ["simdino", "dino"])
+def test_killed_teachers_end_in_the_same_bits(digits, tmp_path, kill_at_random, differences, objective):
+    """An evaluation of features before the first step takes its time, which a new process must be left."""
+    options = {"objective": objective, "model_args": {"depth": 1}, "epochs": 1, "engine": "plain"}
+    kills, round_ = 0, 0
+    while kills < 2:
+        run = tmp_path / str(round_)
+        kills += kill_at_random(run, 2.0, seed=round_, save_every=1, **options)
+        check(run, digits, differences, **options)
+        round_ += 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, {"engine": "plain"}, {"workers": 2}], ids=["lightning", "plain", "workers"]

@@ -22,7 +22,8 @@ def list_models(kind: Literal["image", "text"] = "image") -> list[str]:
         return list(language.MODELS)
     if kind != "image":
         raise ConfigError(f"kind is '{kind}'; known: image, text")
-    return [name for family in FAMILIES for name in sorted(_names(family))]
+    names = [name for family in FAMILIES for name in sorted(_names(family))]
+    return sorted(names, key=lambda name: name.startswith("vit"))
 
 
 def some_models() -> list[str]:
