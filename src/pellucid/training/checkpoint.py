@@ -231,8 +231,8 @@ def remove_folder(path: Path, then: Any = None) -> None:
 def write_file(path: Path, content: str | bytes) -> None:
     """A small file, whole or not at all."""
     data = content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace")
-    with saving(path.parent, len(data)), new_file(path) as scratch:
-        write_flushed(scratch, data)
+    with saving(path.parent, len(data)), new_file(path) as scratch, open(scratch, "wb") as file:
+        file.write(data)
 
 
 @contextlib.contextmanager
