@@ -226,10 +226,10 @@ def test_two_processes_have_the_weights_of_one_after_twenty_steps(name, strategy
     make, batch = OBJECTIVES[name]
     alone = after_steps(make, batch)
     start = after_steps(make, batch, last=0)
-    matrix = "objective/model.layers.0.compress.subspaces.weight"
+    matrix = "objective/model.embed.stem.proj.weight"
     assert apart(start[matrix], alone[matrix]) > 5e-4
     for found in together(lambda: after_steps(make, batch, strategy)):
-        assert furthest(of_model(found), of_model(alone)) <= 5e-5
+        assert furthest(of_model(found), of_model(alone)) <= 3e-5
 
 
 def test_cut_up_clipping_and_averaging_are_the_same(together):
@@ -237,7 +237,7 @@ def test_cut_up_clipping_and_averaging_are_the_same(together):
     options = {"clip": 0.05, "average": 0.9}
     alone = after_steps(make, batch, **options)
     for found in together(lambda: after_steps(make, batch, "fsdp", **options)):
-        assert furthest(of_model(found), of_model(alone)) <= 5e-5
+        assert furthest(of_model(found), of_model(alone)) <= 3e-5
 
 
 @pytest.mark.parametrize("way", [("fsdp", "alone"), ("alone", "fsdp"), ("fsdp", "fsdp")], ids=" to ".join)
