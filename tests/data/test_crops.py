@@ -315,11 +315,12 @@ def test_chances_are_those_that_are_stated():
 
 
 def test_a_neighbour_that_is_blurred_further_has_no_part_in_a_picture():
-    x = pictures(64, (60, 60), 3).float()
-    u = draws(3, 0, range(64), 9)
-    together = recoloured(x, u, Colour(), 2)
-    for i in (0, 9, 63):
-        assert torch.equal(recoloured(x[i : i + 1], u[i : i + 1], Colour(), 2)[0], together[i])
+    x = pictures(6, (224, 60), 3).float().repeat(1, 1, 1, 4)[..., :224]
+    u = draws(3, 0, range(6), 9)
+    u[:, 6], u[:, 7] = 0.0, (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    together = recoloured(x, u, Colour(), 0)
+    for i in range(6):
+        assert torch.equal(recoloured(x[i : i + 1], u[i : i + 1], Colour(), 0)[0], together[i])
 
 
 def test_few_pixels_are_not_blurred():

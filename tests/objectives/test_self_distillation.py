@@ -1,4 +1,4 @@
-"""SimDINO's loss: the published numbers, and that it depends on its three constants alone. DINO's, by hand."""
+"""SimDINO's loss: the published numbers, and that it depends on three constants alone. DINO's, by hand."""
 
 import pytest
 import torch
@@ -110,7 +110,7 @@ def test_half_precision_does_not_touch_the_rate():
 
 
 def test_the_published_run_is_its_groups_on_one_device():
-    """Eight devices, each with its own 64 images: the mean of their losses at the constants in closed form."""
+    """Eight devices with 64 images each: the mean of their losses, as the program computes them."""
     student, teacher = unit(10, 512, 256), unit(2, 512, 256, seed=1)
     found = simdino(student, teacher, **published_constants(256))
     expansions = []
