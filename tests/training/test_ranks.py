@@ -477,13 +477,14 @@ def test_slurm(tmp_path):
         ({}, {"strategy": "fsdp"}, "fsdp cuts a run up over several processes"),
         ({}, {**CUT, "incoherence": 0.1}, "incoherence looks into layers"),
         ({}, {**TWO, "checkpoint_format": "sharded"}, "add --strategy fsdp"),
+        ({}, {**CUT, "model": "crate_strict_digits"}, "compress.share is a single number"),
     ],
 )
 def test_refused_before_anything_is_written(environment, options, message, monkeypatch, tmp_path):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=message):
-        train("digits", out=str(tmp_path / "run"), **RUN, **options)
+        train("digits", out=str(tmp_path / "run"), **{**RUN, **options})
     assert not (tmp_path / "run").exists()
 
 

@@ -265,6 +265,12 @@ def _refuse_other_processes(config: TrainConfig) -> None:
         )
 
 
+def _refuse_to_cut(objective: Objective) -> None:
+    for name, parameter in objective.named_parameters():
+        if parameter.dim() == 0:
+            raise ConfigError(f"fsdp cuts by rows, and {name} is a single number - take --strategy ddp")
+
+
 def _set_up(config: TrainConfig, images: ImageData) -> _Setting:
     kind = OBJECTIVES[config.objective]
     steps = math.ceil(config.epochs * len(images.train) / config.batch_size)
@@ -276,6 +282,8 @@ def _set_up(config: TrainConfig, images: ImageData) -> _Setting:
         if config.init_from is not None:
             copy_weights(model, config.init_from, new_head=config.new_head)
         objective = kind.build(model, config, steps)
+    if config.strategy == "fsdp":
+        _refuse_to_cut(objective)
     config = replace(config, objective_args=_arguments(objective), **_crop_choices(config, model))
     end = config.weight_decay_end
     learner = Learner(
