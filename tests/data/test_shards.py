@@ -1,5 +1,6 @@
 """Shards: what was packed comes back to the bit, what is damaged is named, what is hostile does nothing."""
 
+import copy
 import errno
 import fcntl
 import hashlib
@@ -121,23 +122,19 @@ def test_batches_are_the_same_with_workers(pets, packed):
 def test_spawned_workers_read_them(packed):
     data = load_data(packed)
     data.train.image(0)  # opens an archive, which must not travel
-    copy = pickle.loads(pickle.dumps(data.train))  # noqa: S301
-    assert same_images(copy, data.train)
+    again = pickle.loads(pickle.dumps(data.train))  # noqa: S301
+    assert same_images(again, data.train)
     view = View((8, 8), 3, data.mean, data.std)
     keys = [[(i, 0) for i in range(10)], [(i, 0) for i in range(10, 20)]]
     spawned = DataLoader(
         ViewedSet(data.train, view),
         batch_sampler=keys,
-        collate_fn=_as_is,
+        collate_fn=copy.copy,  # found by name in the spawned process, as nothing of this file is
         num_workers=1,
         multiprocessing_context="spawn",
     )
     here = eval_loader(data.train, view, batch_size=10)
     assert all(torch.equal(x, y) for (x, *_), (y, *_) in zip(spawned, here, strict=True))
-
-
-def _as_is(batch):
-    return batch
 
 
 def test_many_archives_with_few_open(packed, monkeypatch):

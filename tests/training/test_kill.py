@@ -26,7 +26,8 @@ def kill_at_random(digits, fork, tmp_path):
                 digits.train(out, resume=resume, **options)
 
             pid = fork(body)
-            deadline = time.monotonic() + delay.uniform(0, longest)
+            # Longer as kills add up: on a busy machine a short life may end before the first save.
+            deadline = time.monotonic() + delay.uniform(0, longest * (1 + kills / 20))
             status = 0
             while time.monotonic() < deadline and not status:
                 done, code = os.waitpid(pid, os.WNOHANG)
