@@ -231,8 +231,14 @@ def remove_folder(path: Path, then: Any = None) -> None:
 def write_file(path: Path, content: str | bytes) -> None:
     """A small file, whole or not at all."""
     data = content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace")
-    with saving(path.parent, len(data)), new_file(path) as scratch, open(scratch, "wb") as file:
-        file.write(data)
+    scratch = path.parent / f".tmp-{path.name}-{os.getpid()}"
+    with saving(path.parent, len(data)):
+        try:
+            write_flushed(scratch, data)
+            os.replace(scratch, path)
+            _flush(path.parent)
+        finally:
+            scratch.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
