@@ -1123,22 +1123,11 @@ def _evaluation_data(
     from pellucid.training.run import OBJECTIVES
 
     own = _own_config(run)
-    if data is None:
-        if own is None:
-            raise ConfigError(f"{run} does not say what it was trained on - name the data to look at")
-        data = own.data
+    data = _named(data, own, run)
     held_out = data in BUILTIN_NAMES
     if own is not None and Path(own.data).resolve() == Path(data).resolve():
         held_out, labels = True, "required" if OBJECTIVES[own.objective].needs_labels else "optional"
-    root, max_bad = (own.data_root, own.max_bad) if own is not None else (None, 0.01)
-    return load_data(
-        data,
-        labels=labels,
-        root=source.data_root or root,
-        max_bad=max_bad if source.max_bad is None else source.max_bad,
-        download=source.download,
-        test_only=not held_out,
-    )
+    return load_data(data, labels=labels, test_only=not held_out, **_source_of(own, source))
 
 
 def _whole_data(
@@ -1148,19 +1137,27 @@ def _whole_data(
     from pellucid.data import load_data
 
     own = _own_config(run)
-    if data is None:
-        if own is None:
-            raise ConfigError(f"{run} does not say what it was trained on - name the data to look at")
-        data = own.data
+    data = _named(data, own, run)
+    return data, load_data(data, labels=labels, **_source_of(own, source))
+
+
+def _named(data: str | None, own: TrainConfig | None, run: Path) -> str:
+    """The data set that was named, or the run's own."""
+    if data is not None:
+        return data
+    if own is None:
+        raise ConfigError(f"{run} does not say what it was trained on - name the data to look at")
+    return own.data
+
+
+def _source_of(own: TrainConfig | None, source: Source) -> dict[str, Any]:
+    """Where images come from and how many may be bad: as asked, or as in the run."""
     root, max_bad = (own.data_root, own.max_bad) if own is not None else (None, 0.01)
-    images = load_data(
-        data,
-        root=source.data_root or root,
-        max_bad=max_bad if source.max_bad is None else source.max_bad,
-        download=source.download,
-        labels=labels,
-    )
-    return data, images
+    return {
+        "root": source.data_root or root,
+        "max_bad": max_bad if source.max_bad is None else source.max_bad,
+        "download": source.download,
+    }
 
 
 def _own_config(run: Path) -> TrainConfig | None:

@@ -13,7 +13,7 @@ from pellucid.data import draws, load_data
 from pellucid.glass.bundle import collect, facts, label
 from pellucid.glass.feed import eval_view
 from pellucid.glass.report import render
-from pellucid.glass.unlabelled import training_view
+from pellucid.glass.unlabelled import training_views
 from pellucid.models import create_model
 from pellucid.training import open_run, train
 from pellucid.training.masked import MAE
@@ -143,7 +143,7 @@ def test_the_map_is_the_principal_plane(simdino, collected, digits):
 
 def test_views_are_those_of_the_training(simdino, collected, digits):
     setting = _set_up(simdino.config, digits)
-    assert training_view(simdino, digits) == setting.views
+    assert training_views(simdino, digits) == setting.views
     for shown in collected["views"]["images"]:
         i = next(i for i in range(len(digits.train)) if digits.train.name(i) == shown["name"])
         crops = setting.views.batch([digits.train.image(i)], [i])

@@ -12,9 +12,9 @@ import pellucid
 from pellucid.data import Crops, View, eval_loader
 from pellucid.errors import ConfigError
 from pellucid.models import create_model
+from pellucid.models.embed import image_size
 from pellucid.objectives import class_coding_rate, coding_rate, rate_reduction
 from pellucid.training.mcr2 import MCR2, SelfSupervisedMCR2, unit_features
-from pellucid.training.run import image_size
 
 # --- the objective has an optimum that is known -----------------------------------------------------------
 

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from pellucid.data import MultiView, View, eval_loader
 from pellucid.errors import ConfigError
 from pellucid.models import create_model
+from pellucid.models.embed import patch_grid
 from pellucid.training.objective import Held
-from pellucid.training.representation import Representation, feature_width, patch_grid
+from pellucid.training.representation import Representation, feature_width
 
 
 def backbone(name="crate_digits", seed=0, **options):

@@ -18,6 +18,7 @@ from pellucid.measure import attention_maps, audit, evaluate, predict
 from pellucid.measure.compare import Comparison
 from pellucid.models.backbone import Backbone
 from pellucid.models.crate import CRATE
+from pellucid.models.embed import embedding
 from pellucid.models.mae import CRATEMAE
 from pellucid.steps import ISTA, MHSA, OvercompleteISTA
 from pellucid.training import Run
@@ -139,7 +140,7 @@ def label(model: nn.Module) -> str:
 
 def facts(model: Any) -> list[list[str]]:
     """The architecture in words and numbers."""
-    embed = _embedding(model)
+    embed = embedding(model)
     if embed is None:
         return [["width", str(model.num_features)]]
     rows, columns = embed.grid_size
@@ -212,14 +213,9 @@ def _attention(model: Any, images: ImageData, view: View) -> list[dict[str, Any]
     ]
 
 
-def _embedding(model: Any) -> Any:
-    """What cuts pictures into patches; None in a model of another kind."""
-    return getattr(model, "embed", None) or getattr(model, "patch_embed", None)
-
-
 def _grid(model: Any, batch: Tensor) -> list[int]:
-    embed: Any = _embedding(model)
-    return [side // patch for side, patch in zip(batch.shape[-2:], embed.patch_size, strict=True)]
+    patches = embedding(model).patch_size
+    return [side // patch for side, patch in zip(batch.shape[-2:], patches, strict=True)]
 
 
 def _data(images: ImageData, view: View) -> dict[str, Any]:

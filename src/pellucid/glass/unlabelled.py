@@ -10,19 +10,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pellucid.analytic import PCA
-from pellucid.data import Colour, ImageData, ImageSet, Masking, MultiView, View, draws, eval_loader
-from pellucid.data.crops import SMALL_COLOUR
+from pellucid.data import ImageData, ImageSet, Masking, MultiView, View, draws, eval_loader
 from pellucid.errors import DataError
 from pellucid.glass.feed import eval_view
 from pellucid.glass.pictures import thumbnail
 from pellucid.measure.features import Features, features
 from pellucid.measure.probes import NEIGHBOURS, knn_probe
 from pellucid.measure.reconstruction import reconstructions
+from pellucid.models.embed import patch_grid
 from pellucid.objectives import effective_rank
 from pellucid.training import Run
 from pellucid.training.masked import MAE
-from pellucid.training.representation import patch_grid
-from pellucid.training.run import OBJECTIVES, REFERENCE
+from pellucid.training.run import OBJECTIVES, REFERENCE, several_views, training_view
 
 QUERIES, NEAR = 6, 6
 """Images whose neighbours are shown, and how many of them."""
@@ -154,34 +153,16 @@ def views(run: Run, images: ImageData) -> dict[str, Any] | None:
     return _crops(run, images) if kind.many_views else None
 
 
-def training_view(run: Run, images: ImageData) -> MultiView:
+def training_views(run: Run, images: ImageData) -> MultiView:
     """The views from which a run of many views has learnt."""
-    config, plain = run.config, eval_view(run.model)
-    assert config.small_crops is not None
-    assert config.small_size is not None
-    assert config.crop_split is not None
-    return MultiView(
-        View(
-            img_size=plain.img_size,
-            in_chans=plain.in_chans,
-            mean=images.mean,
-            std=images.std,
-            augment=config.augment,  # type: ignore[arg-type]  # resolved: no longer "auto"
-            flip=bool(config.flip),
-            seed=config.seed,
-        ),
-        large=config.large_crops,
-        small=config.small_crops,
-        small_size=(config.small_size, config.small_size),
-        split=config.crop_split,
-        colour=SMALL_COLOUR if config.augment == "small" else Colour(),
-        masking=Masking(patch_grid(run.model)) if config.objective_args.get("patches") else None,
-    )
+    view = training_view(run.config, images, eval_view(run.model).img_size)
+    hides = run.config.objective_args.get("patches")
+    return several_views(run.config, view, Masking(patch_grid(run.model)) if hides else None)
 
 
 def _crops(run: Run, images: ImageData) -> dict[str, Any]:
     """Of a few training images all views of the first epoch, hidden patches in gray."""
-    view = training_view(run, images)
+    view = training_views(run, images)
     chosen = some_of(images.train, VIEWED)
     crops = view.batch([images.train.image(i) for i in chosen], chosen)
     grid = patch_grid(run.model) if crops.mask.shape[-1] else (0, 0)

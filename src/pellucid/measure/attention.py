@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pellucid.measure.watch import Sighting, has_steps, in_eval_mode, watch
+from pellucid.measure.watch import Sighting, has_steps, watch
+from pellucid.models.modes import in_eval_mode
 from pellucid.steps import MHSA, TSSA
 from pellucid.steps.mssa import AttentionStep
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pellucid.errors import DataError, NumericsError
-from pellucid.measure.watch import Sighting, image_batches, in_eval_mode, is_white_box, watch
+from pellucid.measure.watch import Sighting, image_batches, is_white_box, watch
+from pellucid.models.modes import in_eval_mode
 from pellucid.objectives import coding_rate, nonzero_fraction
 from pellucid.steps import ISTA, OvercompleteISTA, Step, SubspaceStep
 

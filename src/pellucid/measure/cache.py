@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pellucid.errors import ConfigError, suggest
-from pellucid.measure.watch import Sighting, has_steps, in_eval_mode, watch
+from pellucid.measure.watch import Sighting, has_steps, watch
+from pellucid.models.modes import in_eval_mode
 from pellucid.steps import ISTA, MHSA, MLP, OvercompleteISTA, Step, StepRecord, SubspaceStep
 from pellucid.steps.mssa import AttentionStep
 

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pellucid.errors import ConfigError
 from pellucid.measure.audit import SHARE
 from pellucid.measure.bench import _interleaved, _ratios
-from pellucid.measure.watch import in_eval_mode
+from pellucid.models.modes import in_eval_mode
 
 CONFIDENCE = 0.95
 

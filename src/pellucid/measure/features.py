@@ -12,7 +12,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from pellucid.errors import ConfigError, DataError, suggest
-from pellucid.measure.watch import in_eval_mode
+from pellucid.models.embed import embedding
+from pellucid.models.modes import in_eval_mode
 
 Tokens = Literal["pooled", "cls", "avg", "patch", "all"]
 
@@ -105,8 +106,7 @@ def patch_grid(model: Any, img_size: tuple[int, int], count: int) -> tuple[int, 
     Raises:
         ConfigError: patches that are no grid.
     """
-    embed = getattr(model, "embed", None) or getattr(model, "patch_embed", None)
-    patch = getattr(embed, "patch_size", None)
+    patch = getattr(embedding(model), "patch_size", None)
     height, width = img_size
     grid = (height // patch[0], width // patch[1]) if patch is not None else (math.isqrt(count),) * 2
     if grid[0] * grid[1] != count:

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pellucid.errors import ConfigError
-from pellucid.measure.watch import in_eval_mode
+from pellucid.models.modes import in_eval_mode
 
 
 class Reconstructions(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.errors import DataError
-from pellucid.measure.watch import in_eval_mode
+from pellucid.models.modes import in_eval_mode
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,14 +96,3 @@ def image_batches(batches: Iterable[Any], device: torch.device, limit: int | Non
             yield images.to(device)
         if limit is not None and seen >= limit:
             return
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:  # module by module: a part that was frozen in eval mode stays so
-        for module in training:
-            module.training = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,6 +14,23 @@ from torch import Tensor, nn
 Size = int | tuple[int, int] | list[int]  # a list: as JSON and YAML give a pair back
 StemName = Literal["linear", "conv", "conv_bn"]
 Positions = Literal["learned", "fourier"]
+
+
+def embedding(model: Any) -> Any:
+    """What cuts pictures into patches, in our models and in timm's; None in a model of another kind."""
+    return getattr(model, "embed", None) or getattr(model, "patch_embed", None)
+
+
+def image_size(model: Any) -> tuple[int, int]:
+    """Height and width of the images that a model was built for."""
+    size = getattr(embedding(model), "img_size", None) or model.pretrained_cfg["input_size"][1:]
+    return int(size[0]), int(size[1])
+
+
+def patch_grid(model: Any) -> tuple[int, int]:
+    """Rows and columns of patches at that size, of a model that has them."""
+    rows, columns = embedding(model).grid_size
+    return int(rows), int(columns)
 
 
 def patchify(images: Float[Tensor, "b c h w"], patch_size: tuple[int, int]) -> Float[Tensor, "b n q"]:

@@ -29,6 +29,7 @@ from torch.fx.node import map_arg
 
 from pellucid import __version__
 from pellucid.errors import CheckpointError, ConfigError, PellucidError
+from pellucid.models.embed import image_size
 
 Output = Literal["logits", "features", "tokens"]
 
@@ -223,11 +224,8 @@ def _refuse(path: Path, beside: Path, overwrite: bool) -> None:
 
 def _image_shape(model: Any) -> tuple[int, int, int]:
     """Channels, height and width of the images that the model was built for."""
-    channels, height, width = model.pretrained_cfg["input_size"]
-    channels = getattr(model, "model_args", {}).get("in_chans", channels)
-    stem = getattr(model, "embed", None) or getattr(model, "patch_embed", None)
-    height, width = getattr(stem, "img_size", None) or (height, width)
-    return channels, height, width
+    channels = getattr(model, "model_args", {}).get("in_chans", model.pretrained_cfg["input_size"][0])
+    return (channels, *image_size(model))
 
 
 def _describe(model: Any, network: _Network, shape: tuple[int, int, int]) -> dict[str, Any]:

@@ -231,23 +231,24 @@ def remove_folder(path: Path, then: Any = None) -> None:
 def write_file(path: Path, content: str | bytes) -> None:
     """A small file, whole or not at all."""
     data = content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace")
-    scratch = path.parent / f".tmp-{path.name}-{os.getpid()}"
-    with saving(path.parent, len(data)):
-        try:
-            write_flushed(scratch, data)
-            os.replace(scratch, path)
-            _flush(path.parent)
-        finally:
-            scratch.unlink(missing_ok=True)
+    with saving(path.parent, len(data)), _becomes(path) as scratch:
+        write_flushed(scratch, data)
 
 
 @contextlib.contextmanager
 def new_file(final: Path) -> Iterator[Path]:
     """The name of a scratch file that becomes ``final`` when the block ends well, else vanishes."""
+    with _becomes(final) as scratch:
+        yield scratch
+        _flush(scratch)
+
+
+@contextlib.contextmanager
+def _becomes(final: Path) -> Iterator[Path]:
+    """As :func:`new_file`, for a block that flushes what it writes."""
     scratch = final.parent / f".tmp-{final.name}-{os.getpid()}"
     try:
         yield scratch
-        _flush(scratch)
         os.replace(scratch, final)
         _flush(final.parent)
     finally:

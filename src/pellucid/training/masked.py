@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,10 +11,11 @@ from torch import Tensor, nn
 
 from pellucid.data import Crops, Masking, draws
 from pellucid.errors import ConfigError
+from pellucid.models.embed import patch_grid
 from pellucid.models.mae import num_hidden
 from pellucid.training.config import Augment, TrainConfig
 from pellucid.training.objective import Batches, Held, Objective
-from pellucid.training.representation import Representation, patch_grid
+from pellucid.training.representation import Representation
 
 LEAST_SHOWN = 8
 """Patches that a run leaves to see, unless told otherwise."""
@@ -80,7 +80,7 @@ class MAE(Representation):
     def evaluate(self, weights: Mapping[str, Tensor], held: Held) -> dict[str, float]:
         """The loss on ``held.test``, its masks set by the item alone, and the measures of features."""
         error = Objective.evaluate(self, weights, Held(self._masked(held.test)))
-        return {**error, **super().evaluate(weights, replace(held, views=()))}
+        return {**error, **super().evaluate(weights, held)}
 
     def _masked(self, batches: Batches) -> Iterator[tuple[Any, ...]]:
         for images, labels, index in batches:

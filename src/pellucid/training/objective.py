@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from pellucid.data import Masking
 from pellucid.errors import ConfigError, suggest
+from pellucid.models.modes import in_eval_mode
 from pellucid.training.config import Augment, TrainConfig, checked
 from pellucid.training.health import Verdict
 
@@ -124,19 +125,15 @@ class Objective(nn.Module):
         """Measures of ``weights``, which the model need not hold: means of the parts over ``held.test``."""
         named = {f"model.{name}": value for name, value in weights.items()}
         device = next(self.parameters()).device
-        training = self.training
-        self.eval()
         sums: dict[str, float] = {}
         count = 0
-        try:
+        with in_eval_mode(self):
             for batch in held.test:
                 images, labels = tree_map(lambda part: part.to(device), tuple(batch[:2]))
                 parts = torch.func.functional_call(self, named, (images, labels))
                 for key, value in parts.items():
                     sums[key] = sums.get(key, 0.0) + value.item() * len(labels)
                 count += len(labels)
-        finally:
-            self.train(training)
         return {key: value / count for key, value in sums.items()} if count else {"loss": math.nan}
 
 

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from pellucid.analytic import NearestNeighbours
 from pellucid.errors import ConfigError
+from pellucid.models.embed import embedding
+from pellucid.models.modes import in_eval_mode
 from pellucid.objectives import effective_rank
 from pellucid.training.health import Verdict, verdict
 from pellucid.training.objective import Batches, Held, Objective
@@ -66,10 +68,8 @@ class Representation(Objective):
     def _features(self, weights: Mapping[str, Tensor], batches: Batches) -> tuple[Tensor, Tensor]:
         """Pooled features ``(n, d)``, or ``(n, v, d)`` of several views, and labels ``(n,)``, on the CPU."""
         device = next(self.model.parameters()).device
-        training = self.model.training
-        self.model.eval()
         found: list[tuple[Tensor, Tensor]] = []
-        try:
+        with in_eval_mode(self.model):
             for batch in batches:
                 images = batch[0].to(device)
                 # Without a classifier, a model's output is its pooled feature.
@@ -77,8 +77,6 @@ class Representation(Objective):
                     self.model, dict(weights), (images.flatten(0, -4),)
                 ).unflatten(0, images.shape[:-3])
                 found.append((pooled.float().cpu(), batch[1].cpu()))
-        finally:
-            self.model.train(training)
         if not found:
             return torch.empty(0, 0), torch.empty(0)
         features, labels = zip(*found, strict=True)
@@ -92,7 +90,8 @@ class hidden:  # noqa: N801
     """
 
     def __init__(self, model: Any, mask: Bool[Tensor, "b p"], token: Float[Tensor, " d"]) -> None:
-        stem = model.embed.stem if hasattr(model, "embed") else getattr(model, "patch_embed", None)
+        embed = embedding(model)
+        stem = getattr(embed, "stem", embed)
         if not isinstance(stem, nn.Module):
             raise ConfigError(f"{type(model).__name__} has no stem whose patches could be hidden")
         self.stem, self.mask, self.token = stem, mask, token
@@ -106,12 +105,6 @@ class hidden:  # noqa: N801
 
     def __exit__(self, *exception: object) -> None:
         self.handle.remove()
-
-
-def patch_grid(model: Any) -> tuple[int, int]:
-    """Rows and columns of patches at the size that the model was built for."""
-    rows, columns = (model.embed if hasattr(model, "embed") else model.patch_embed).grid_size
-    return int(rows), int(columns)
 
 
 def feature_width(model: Any) -> int:

@@ -20,6 +20,7 @@ from pellucid.data import (
     Colour,
     ImageData,
     MaskedView,
+    Masking,
     MultiView,
     StepSampler,
     View,
@@ -30,6 +31,7 @@ from pellucid.data import (
 from pellucid.data.crops import SMALL_COLOUR
 from pellucid.errors import CheckpointError, ConfigError, DataError, NumericsError, Stopped, suggest
 from pellucid.models import create_model, load
+from pellucid.models.embed import embedding, image_size
 from pellucid.models.saved import CONFIG, WEIGHTS, copy_weights, describe_model
 from pellucid.training.checkpoint import (
     last_good,
@@ -132,6 +134,7 @@ def train(
     config = replace(
         config, **{k: v for k, v in OBJECTIVES[config.objective].recipe.items() if k not in options}
     )
+    _refuse_strategy(config)
     _refuse_other_processes(config)
     images = load_images(config, data)
     setting = _set_up(_resolved(config, images), images)
@@ -246,8 +249,8 @@ class _Setting:
         return Held(test, train, views)
 
 
-def _refuse_other_processes(config: TrainConfig) -> None:
-    """Whoever starts the processes must have started as many as the run is to have."""
+def _refuse_strategy(config: TrainConfig) -> None:
+    """What fsdp cannot do, and what only fsdp does."""
     if config.checkpoint_format == "sharded" and config.strategy != "fsdp":
         raise ConfigError("sharded checkpoints are of what fsdp has cut up - add --strategy fsdp")
     if config.strategy == "fsdp":
@@ -255,6 +258,10 @@ def _refuse_other_processes(config: TrainConfig) -> None:
             raise ConfigError("fsdp cuts a run up over several processes - give --devices, or leave it out")
         if config.incoherence:
             raise ConfigError("incoherence looks into layers that fsdp takes apart - take --strategy ddp")
+
+
+def _refuse_other_processes(config: TrainConfig) -> None:
+    """Whoever starts the processes must have started as many as the run is to have."""
     found = launched()
     if found is None or not isinstance(config.devices, int) or config.devices < 1:
         return
@@ -274,9 +281,8 @@ def _refuse_to_cut(objective: Objective) -> None:
 def _set_up(config: TrainConfig, images: ImageData) -> _Setting:
     kind = OBJECTIVES[config.objective]
     steps = math.ceil(config.epochs * len(images.train) / config.batch_size)
-    with _cpu_threads(
-        1
-    ):  # an orthogonal matrix has other last bits with other threads, and a run begins there
+    # An orthogonal matrix has other last bits with other threads, and a run begins there.
+    with _cpu_threads(1):
         torch.manual_seed(config.seed)
         model = create_model(config.model, **_model_args(config, images))
         if config.init_from is not None:
@@ -296,15 +302,7 @@ def _set_up(config: TrainConfig, images: ImageData) -> _Setting:
         average=config.average,
         seed=config.seed,
     )
-    view = View(
-        img_size=image_size(model),
-        in_chans=images.in_chans,
-        mean=images.mean,
-        std=images.std,
-        augment=config.augment,  # type: ignore[arg-type]  # resolved: no longer "auto"
-        flip=bool(config.flip),
-        seed=config.seed,
-    )
+    view = training_view(config, images, image_size(model))
     setting = _Setting(config, images, model, learner, view, _views(config, view, objective), [0.0])
     setting.batches(0, max(1, config.devices) * config.nodes if isinstance(config.devices, int) else 1)
     return setting
@@ -347,6 +345,24 @@ def _crop_choices(config: TrainConfig, model: Any) -> dict[str, Any]:
 def _views(config: TrainConfig, view: View, objective: Objective) -> MultiView | MaskedView | None:
     if not objective.many_views:
         return MaskedView(view, objective.masking) if objective.masking else None
+    return several_views(config, view, objective.masking)
+
+
+def training_view(config: TrainConfig, images: ImageData, img_size: tuple[int, int]) -> View:
+    """How a run whose options are resolved sees a training image."""
+    return View(
+        img_size=img_size,
+        in_chans=images.in_chans,
+        mean=images.mean,
+        std=images.std,
+        augment=config.augment,  # type: ignore[arg-type]  # resolved: no longer "auto"
+        flip=bool(config.flip),
+        seed=config.seed,
+    )
+
+
+def several_views(config: TrainConfig, view: View, masking: Masking | None) -> MultiView:
+    """How it sees one where its objective compares views."""
     assert config.small_crops is not None
     assert config.small_size is not None
     assert config.crop_split is not None
@@ -357,7 +373,7 @@ def _views(config: TrainConfig, view: View, objective: Objective) -> MultiView |
         small_size=(config.small_size, config.small_size),
         split=config.crop_split,
         colour=SMALL_COLOUR if config.augment == "small" else Colour(),
-        masking=objective.masking,
+        masking=masking,
     )
 
 
@@ -475,8 +491,7 @@ def _cpu_threads(number: int) -> Iterator[None]:
 
 
 def _patch_area(model: Any) -> int:
-    embed = getattr(model, "embed", None) or getattr(model, "patch_embed", None)
-    height, width = getattr(embed, "patch_size", (1, 1))
+    height, width = getattr(embedding(model), "patch_size", (1, 1))
     return height * width
 
 
@@ -507,13 +522,6 @@ def _choose_model(images: ImageData, family: str) -> tuple[str, dict[str, Any]]:
     kind, patch = ("digits", 2) if max(images.img_size) <= 12 else ("micro_patch4_32", 4)
     height, width = (math.ceil(side / patch) * patch for side in images.img_size)
     return f"{family}_{kind}", {"img_size": height if height == width else (height, width)}
-
-
-def image_size(model: Any) -> tuple[int, int]:
-    """Height and width a model was built for."""
-    embed = getattr(model, "embed", None) or getattr(model, "patch_embed", None)
-    size = getattr(embed, "img_size", None) or model.pretrained_cfg["input_size"][1:]
-    return int(size[0]), int(size[1])
 
 
 def _interval(epochs: float, steps_per_epoch: float, total: int, at_most: int) -> int:

@@ -13,13 +13,14 @@ from torch.nn import functional as F
 
 from pellucid.data import Crops, Masking
 from pellucid.errors import ConfigError
+from pellucid.models.embed import patch_grid
 from pellucid.objectives import dino, masked_alignment, rate_ceiling, simdino
 from pellucid.objectives.self_distillation import published_constants
 from pellucid.training.config import TrainConfig
 from pellucid.training.objective import all_finite
 from pellucid.training.ranks import averaged, gathered, local
 from pellucid.training.recipe import cosine
-from pellucid.training.representation import Representation, feature_width, hidden, patch_grid
+from pellucid.training.representation import Representation, feature_width, hidden
 
 PUBLISHED_HEAD = {"head_dim": 256, "head_hidden": 2048}
 GROUP = 64
