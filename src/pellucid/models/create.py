@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from types import ModuleType
 from typing import Any, Literal
 
@@ -67,10 +68,7 @@ def _create_text_model(name: str, pretrained: bool, model_args: dict[str, Any]) 
         raise ConfigError(f"no published weights for {name} yet - leave out pretrained, or train it")
     if model_args.keys() & {"in_chans", "num_classes", "img_size", "patch_size"}:
         raise ConfigError(f"{name} reads text, not images - take an image model, such as crate_digits")
-    known = _options(found.cls)
-    for key in model_args:
-        if key not in known:
-            raise ConfigError(f"unknown model option '{key}' for {name}{suggest(key, known)}")
+    _refuse_unknown(name, model_args, _options(found.cls))
     try:
         model: Any = found.cls(**{**found.sizes, **model_args})
     except (ValueError, TypeError) as error:
@@ -83,9 +81,14 @@ def check_model_args(name: str, model_args: dict[str, Any]) -> None:
     """Refuse an option that the architecture does not have. Only ours are known by name."""
     if name not in ARCHITECTURES:
         return
-    known = _options(ARCHITECTURES[name])
+    _refuse_unknown(name, model_args, _options(ARCHITECTURES[name]), {"features_only", "out_indices"})
+
+
+def _refuse_unknown(
+    name: str, model_args: dict[str, Any], known: set[str], of_timm: Collection[str] = ()
+) -> None:
     for key in model_args:
-        if key not in known | {"features_only", "out_indices"}:
+        if key not in known and key not in of_timm:
             raise ConfigError(f"unknown model option '{key}' for {name}{suggest(key, known)}")
 
 
