@@ -138,7 +138,7 @@ def _muon_by_rows(muon: Muon) -> None:
     """A step of Muon on matrices that are cut by rows over processes.
 
     The update is the nearest orthogonal matrix to the *whole* momentum. Iterated on rows, as PyTorch's would
-    be, products of bfloat16 numbers are summed in another order, and updates differ by percents; so every
+    be, products of bfloat16 numbers are summed in another order, and updates differ; so every
     process gathers each matrix in turn and finds the whole update. Muon without momentum, from zero, with the
     momentum for a gradient, moves by exactly that.
     """
