@@ -72,6 +72,8 @@ class LanguageModel(nn.Module):
         causal: a token sees itself and those before it; its scores are of the word that follows. Else all see
             all, and the scores are of the word that stands there.
         head: of masked models; a causal one reads its scores off the words directly.
+        num_labels: with some, the model classifies whole texts: a linear map of the mean of their tokens
+            stands in place of the scores of words.
     """
 
     def __init__(
@@ -82,26 +84,34 @@ class LanguageModel(nn.Module):
         *,
         causal: bool,
         head: MaskedHead | None = None,
+        num_labels: int = 0,
     ) -> None:
         super().__init__()
+        if num_labels < 0:
+            raise ValueError(f"num_labels is {num_labels}; 0 leaves the scores of words")
         self.embed = embed
         self.layers = nn.ModuleList(layers)
         self.norm = norm
-        self.head = head
+        self.head = None if num_labels else head
+        self.classifier = nn.Linear(embed.words.weight.shape[1], num_labels) if num_labels else None
+        self.label_names: list[str] = []
         self.causal = causal
         self.vocab_size, self.embed_dim = embed.words.weight.shape
         self.context = len(embed.places.weight)
         self.num_features = self.embed_dim
         self.grad_checkpointing = False
         self._scale_residual_branches()
+        if self.classifier is not None:
+            nn.init.normal_(self.classifier.weight, std=0.02)
+            nn.init.zeros_(self.classifier.bias)
 
     def forward(
         self,
         ids: Int[Tensor, "b n"],
         real: Bool[Tensor, "b n"] | None = None,
         on_step: OnStep | None = None,
-    ) -> Float[Tensor, "b n v"]:
-        """Scores of all words, before the softmax.
+    ) -> Float[Tensor, "b n v"] | Float[Tensor, "b c"]:
+        """Scores of all words at each place, or of all classes for each text, before the softmax.
 
         Args:
             ids: words by their numbers, no more than ``context``.
@@ -111,7 +121,8 @@ class LanguageModel(nn.Module):
         Raises:
             ConfigError: too many tokens, none, numbers that are no words, or padding where it cannot be.
         """
-        return self.forward_head(self.forward_features(ids, real, on_step))
+        tokens = self.forward_features(ids, real, on_step)
+        return self.forward_head(tokens) if self.classifier is None else self.classify(tokens, real)
 
     def forward_features(
         self,
@@ -129,6 +140,17 @@ class LanguageModel(nn.Module):
         """Scores of all words from normalised tokens."""
         words = self.embed.words.weight
         return F.linear(tokens, words) if self.head is None else self.head(tokens, words)
+
+    def classify(
+        self, tokens: Float[Tensor, "b n d"], real: Bool[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b c"]:
+        """Scores of all classes from normalised tokens: of the mean of those that are no padding."""
+        if self.classifier is None:
+            raise ConfigError("the model gives scores of words, not of classes - build it with num_labels")
+        if real is None:
+            return self.classifier(tokens.mean(1))
+        weights = real.to(tokens.dtype)
+        return self.classifier(torch.einsum("bn,bnd->bd", weights / weights.sum(1, keepdim=True), tokens))
 
     def resume(
         self, ids: Int[Tensor, "b n"], memory: Memory, real: Int[Tensor, " b"] | None = None
@@ -215,6 +237,7 @@ class CRATELM(LanguageModel):
         eps: distortion at which R^c is measured.
         norm_eps: of all norms; 1e-5 as published.
         final_norm: a norm behind the last layer; the published complete CRATE has none.
+        num_labels: see :class:`LanguageModel`.
 
     Raises:
         ValueError: sizes or options that do not fit together, naming both.
@@ -241,6 +264,7 @@ class CRATELM(LanguageModel):
         eps: float = 0.1,
         norm_eps: float = 1e-5,
         final_norm: bool = True,
+        num_labels: int = 0,
     ) -> None:
         _check_known("compression", compression, ("tied", "untied", "mhsa"))
         _check_known("sparsification", sparsification, ("ista", "soft", "mlp", "none"))
@@ -274,6 +298,7 @@ class CRATELM(LanguageModel):
             nn.LayerNorm(embed_dim, eps=norm_eps) if final_norm else nn.Identity(),
             causal=causal,
             head=None if causal else MaskedHead(embed_dim, vocab_size, norm_eps),
+            num_labels=num_labels,
         )
 
 
@@ -291,6 +316,7 @@ class ToSTLM(LanguageModel):
         mlp_ratio: width of the MLP, or atoms of the dictionary, for each dimension of a token.
         step_size, sparsity: of ISTA.
         norm_eps: of all norms.
+        num_labels: see :class:`LanguageModel`.
 
     Raises:
         ValueError: sizes or options that do not fit together, naming both.
@@ -312,6 +338,7 @@ class ToSTLM(LanguageModel):
         step_size: float = 0.1,
         sparsity: float = 0.1,
         norm_eps: float = 1e-5,
+        num_labels: int = 0,
     ) -> None:
         _check_known("compression", compression, ("tied", "untied"))
         _check_known("sparsification", sparsification, ("mlp", "ista"))
@@ -350,6 +377,7 @@ class ToSTLM(LanguageModel):
             [build_layer() for _ in range(depth)],
             norm(),
             causal=True,
+            num_labels=num_labels,
         )
 
 

@@ -73,6 +73,7 @@ def describe_text_model(model: Any, weights: Mapping[str, Tensor]) -> dict[str, 
     return {
         "architecture": model.architecture,
         "model_args": dict(model.model_args),
+        "label_names": list(model.label_names),
         "num_parameters": sum(value.numel() for value in weights.values()),
     }
 
@@ -80,7 +81,8 @@ def describe_text_model(model: Any, weights: Mapping[str, Tensor]) -> dict[str, 
 def load(path: str | os.PathLike[str]) -> nn.Module:
     """A trained model, from a run's folder or a ``model/`` folder, in eval mode.
 
-    Class names, mean and std of a model for images are in ``model.pretrained_cfg``.
+    Class names, mean and std of a model for images are in ``model.pretrained_cfg``; the class names of one
+    that classifies text are ``model.label_names``.
 
     Raises:
         CheckpointError: nothing there, an unknown architecture, a pickle, a damaged file, or weights that
@@ -93,7 +95,9 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         raise CheckpointError(f"{folder}: unknown architecture '{name}'{near}")
     model: Any = create_model(name, **arguments)
     load_matched(model, read_weights(folder / WEIGHTS), where=str(folder / WEIGHTS))
-    if name not in MODELS:
+    if name in MODELS:
+        model.label_names = cfg.get("label_names", [])
+    else:
         model.pretrained_cfg = {**vars(model)["pretrained_cfg"], **cfg}
     return model.eval()
 
@@ -168,14 +172,19 @@ def copy_weights(model: nn.Module, path: str | os.PathLike[str], *, new_head: bo
             raise CheckpointError(
                 f"{path} is {saved}, the run asks for {model.architecture} - give --model {saved}"
             )
-    text = isinstance(model, LanguageModel)
-    if text and new_head:
+    head = _head(model)
+    if new_head and head is None:
         raise CheckpointError("a language model has no classifier to begin anew - leave out --new-head")
-    head = None if text else getattr(model, "pretrained_cfg", {}).get("classifier", "head")
     ours, theirs = model.state_dict(), dict(state)
     names = [key for key in ours if key.startswith(f"{head}.")]
     if new_head:
+        if isinstance(model, LanguageModel):  # what told words stands where classes are told now
+            theirs = {
+                key: value for key, value in theirs.items() if not key.startswith(("head.", f"{head}."))
+            }
         theirs |= {key: ours[key] for key in names}
+    elif isinstance(model, LanguageModel) and names and not any(key in theirs for key in names):
+        raise CheckpointError(f"{path} has no classifier - give --new-head to learn a fresh one")
     for key in names:
         if key in theirs and theirs[key].shape[:1] != ours[key].shape[:1] and theirs[key].dim():
             raise CheckpointError(
@@ -185,14 +194,23 @@ def copy_weights(model: nn.Module, path: str | os.PathLike[str], *, new_head: bo
     load_matched(model, theirs, where=str(path))
 
 
+def _head(model: Any) -> str | None:
+    """What the classifier is called among the weights."""
+    if isinstance(model, LanguageModel):
+        return "classifier" if model.classifier is not None else None
+    return getattr(model, "pretrained_cfg", {}).get("classifier", "head")
+
+
 def _read_config(folder: Path) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """Architecture, arguments and ``pretrained_cfg`` of a ``config.json``; a language model has no cfg."""
+    """Architecture, arguments and ``pretrained_cfg`` of a ``config.json``; of text the names of classes."""
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text())
         name, arguments, cfg = config["architecture"], dict(config["model_args"]), {}
         classes = {}
-        if str(name) not in MODELS:
+        if str(name) in MODELS:
+            cfg = {"label_names": [str(label) for label in config.get("label_names", [])]}
+        else:
             cfg, classes = dict(config["pretrained_cfg"]), {"num_classes": int(config["num_classes"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not a model's config ({error}) - save the model again") from error
