@@ -119,7 +119,7 @@ def train_loader(
     timeout: float = 60.0,
 ) -> DataLoader[Batch]:
     """One Batch per micro-batch of ``sampler``. ``timeout`` seconds for a worker to answer."""
-    return _loader(ViewedSet(images, view), sampler, workers, timeout)
+    return fetching(ViewedSet(images, view), sampler, workers, timeout)
 
 
 def eval_loader(
@@ -131,21 +131,28 @@ def eval_loader(
     timeout: float = 60.0,
 ) -> DataLoader[Batch]:
     """Every picture once, in index order; with ``limit``, that many, evenly spaced to meet all classes."""
+    batches = evenly_spaced(len(images), batch_size, limit)
+    return fetching(ViewedSet(images, view), batches, workers, timeout)
+
+
+def evenly_spaced(n: int, batch_size: int, limit: int | None) -> list[list[Key]]:
+    """Batches of n items in index order, or of ``limit`` evenly spaced ones, all of epoch 0."""
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ConfigError(f"batch size {batch_size}, limit {limit} - give at least 1")
-    n = len(images)
     count = n if limit is None else min(limit, n)
     keys = [(k * n // count, 0) for k in range(count)]
-    batches = [keys[first : first + batch_size] for first in range(0, count, batch_size)]
-    return _loader(ViewedSet(images, view), batches, workers, timeout)
+    return [keys[first : first + batch_size] for first in range(0, count, batch_size)]
 
 
-def _loader(
-    images: ViewedSet, batches: StepSampler | list[list[Key]], workers: int, timeout: float
-) -> DataLoader[Batch]:
-    """Each worker runs on one torch thread, as DataLoader sees to itself."""
+def fetching(
+    items: Dataset[Any], batches: StepSampler | list[list[Key]], workers: int, timeout: float
+) -> DataLoader[Any]:
+    """A loader of what ``items`` makes of each of these batches of keys.
+
+    Each worker runs on one torch thread, as DataLoader sees to itself.
+    """
     return DataLoader(
-        images,
+        items,
         batch_sampler=batches,
         collate_fn=_as_fetched,
         num_workers=workers,
