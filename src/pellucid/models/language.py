@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pellucid.errors import ConfigError
-from pellucid.models import crate
+from pellucid.models.layer import build_layer, check_options
 from pellucid.steps import MLP, CausalTSSA, Layer, Memory, OnStep, OvercompleteISTA, UntiedCausalTSSA, unroll
 from pellucid.steps.blackbox import MHSA
 
 
 class TextEmbedding(nn.Module):
-    """A vector for each word of the vocabulary, plus one for each place.
+    """A vector for each word of the vocabulary, or one that is given in its place, plus one for each place.
 
     Args:
         vocab_size: how many words there are.
@@ -43,8 +43,11 @@ class TextEmbedding(nn.Module):
         for table in (self.words, self.places):
             nn.init.normal_(table.weight, std=0.02)
 
-    def forward(self, ids: Int[Tensor, "b n"], places: Int[Tensor, "#b n"]) -> Float[Tensor, "b n d"]:
-        return self.words(ids) + self.places(places)
+    def forward(
+        self, ids: Int[Tensor, "b n"] | Float[Tensor, "b n d"], places: Int[Tensor, "#b n"]
+    ) -> Float[Tensor, "b n d"]:
+        words = ids if ids.is_floating_point() else self.words(ids)
+        return words + self.places(places)
 
 
 class MaskedHead(nn.Module):
@@ -126,11 +129,11 @@ class LanguageModel(nn.Module):
 
     def forward_features(
         self,
-        ids: Int[Tensor, "b n"],
+        ids: Int[Tensor, "b n"] | Float[Tensor, "b n d"],
         real: Bool[Tensor, "b n"] | None = None,
         on_step: OnStep | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """Normalised tokens after the last layer."""
+        """Normalised tokens after the last layer. Vectors may stand in place of the numbers of words."""
         self._check(ids, ids.shape[1], real)
         z = self.embed(ids, torch.arange(ids.shape[1], device=ids.device)[None])
         recompute = self.grad_checkpointing and torch.is_grad_enabled()
@@ -153,14 +156,17 @@ class LanguageModel(nn.Module):
         return self.classifier(torch.einsum("bn,bnd->bd", weights / weights.sum(1, keepdim=True), tokens))
 
     def resume(
-        self, ids: Int[Tensor, "b n"], memory: Memory, real: Int[Tensor, " b"] | None = None
+        self,
+        ids: Int[Tensor, "b n"] | Float[Tensor, "b n d"],
+        memory: Memory,
+        real: Int[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b n d"]:
         """Normalised tokens of the words that follow those in ``memory``, which then holds them too.
 
         Args:
-            ids: words that follow, padded behind where ``real`` says so.
+            ids: words that follow, or vectors in place of them, padded behind where ``real`` says so.
             memory: of this batch; a new one begins a text.
-            real: how many of each row count, at least one; all unless given.
+            real: how many of each row count, none in rows that wait; all unless given.
 
         Raises:
             ConfigError: a masked model, or more tokens than ``context``.
@@ -210,7 +216,8 @@ class LanguageModel(nn.Module):
             raise ConfigError("no tokens - give at least one to each row, such as the one that begins a text")
         if torch.compiler.is_compiling():
             return
-        if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+        by_number = ids.device.type == "cpu" and not ids.is_floating_point()
+        if by_number and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
             raise ConfigError(
                 f"tokens from {int(ids.min())} to {int(ids.max())}, and the vocabulary has "
                 f"{self.vocab_size} - use the tokenizer that the model was trained with"
@@ -269,9 +276,9 @@ class CRATELM(LanguageModel):
         _check_known("compression", compression, ("tied", "untied", "mhsa"))
         _check_known("sparsification", sparsification, ("ista", "soft", "mlp", "none"))
         halves = "ista" if sparsification == "none" else sparsification
-        crate.check_options(compression, halves, overcomplete, decoupled, residual)
+        check_options(compression, halves, overcomplete, decoupled, residual)
         layers = [
-            crate.build_layer(
+            build_layer(
                 embed_dim,
                 num_heads,
                 compression=compression,
@@ -345,7 +352,7 @@ class ToSTLM(LanguageModel):
         norm = partial(nn.LayerNorm, embed_dim, eps=norm_eps, bias=bias)
         block_size = context if offset else None
 
-        def build_layer() -> Layer:
+        def one_layer() -> Layer:
             compress = (
                 CausalTSSA(embed_dim, num_heads, norm=norm(), bias=bias, block_size=block_size)
                 if compression == "tied"
@@ -374,7 +381,7 @@ class ToSTLM(LanguageModel):
 
         super().__init__(
             TextEmbedding(vocab_size, context, embed_dim),
-            [build_layer() for _ in range(depth)],
+            [one_layer() for _ in range(depth)],
             norm(),
             causal=True,
             num_labels=num_labels,

@@ -21,6 +21,7 @@ class Memory:
         lengths: real tokens of each row, without those that arrive.
         longest: no row has more.
         even: all rows have as many.
+        padded: of the tokens that arrive, some may be padding.
     """
 
     def __init__(self, batch: int, device: torch.device | str | None = None) -> None:
@@ -28,23 +29,38 @@ class Memory:
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.longest = 0
         self.even = True
-        self._arriving, self._real, self._even_next = 0, self.lengths, True
+        self.padded = False
+        self._arriving, self._real = 0, self.lengths
 
     def expect(self, arriving: int, real: Int[Tensor, " b"] | None = None) -> Int[Tensor, "b n"]:
         """Announce so many tokens for every row, of which the first ``real`` count; says where they stand.
 
+        A row may wait: none of what arrives is then its own.
+
         Ends with :meth:`arrive`, after the last layer.
         """
         self._arriving = arriving
+        self.padded = real is not None
         self._real = torch.full_like(self.lengths, arriving) if real is None else real
-        self._even_next = self.even and real is None
         return self.places
 
     def arrive(self) -> None:
         """The tokens that were expected are there."""
         self.lengths = self.lengths + self._real
-        self.longest += self._arriving
-        self.even = self._even_next
+        self.even = self.even and not self.padded
+        # The longest row may be one to which less came.
+        self.longest = int(self.lengths.max()) if self.padded else self.longest + self._arriving
+
+    def take(self, rows: Int[Tensor, " m"]) -> None:
+        """Go on with these rows, in this order; one may be taken more than once, as a beam search does."""
+        self.states = {key: _taken(state, rows) for key, state in self.states.items()}
+        self.lengths = self.lengths[rows]
+
+    def forget(self, last: Int[Tensor, " b"]) -> None:
+        """Take back so many of the last tokens of each row; of steps that keep every token, not a sum."""
+        self.lengths = self.lengths - last
+        self.longest = int(self.lengths.max())
+        self.even = self.even and bool((last == last[0]).all())
 
     @property
     def places(self) -> Int[Tensor, "b n"]:
@@ -53,7 +69,7 @@ class Memory:
 
     @property
     def last(self) -> Int[Tensor, " b"]:
-        """Index of the last real one among the arriving tokens of each row."""
+        """Index of the last real one among the arriving tokens of each row; -1 where none is."""
         return self._real - 1
 
     def keep(
@@ -93,3 +109,7 @@ def _numel(state: Any) -> int:
     if isinstance(state, Tensor):
         return state.numel()
     return sum(_numel(part) for part in state)
+
+
+def _taken(state: Any, rows: Tensor) -> Any:
+    return state[rows] if isinstance(state, Tensor) else tuple(_taken(part, rows) for part in state)

@@ -258,6 +258,11 @@ class CausalTSSA(TSSA):
             moved, sums = self._continue(self.project(z), state, memory.places)
         row = torch.arange(len(z), device=z.device)
         kept = tuple(part[row, :, memory.last] for part in sums)
+        if memory.padded:  # rows to which nothing came keep what they had, or nothing
+            waits = memory.last < 0
+            before = state or [torch.zeros_like(part) for part in kept]
+            pairs = zip(kept, before, strict=True)
+            kept = tuple(old.where(waits.view(-1, *[1] * (new.dim() - 1)), new) for new, old in pairs)
         return torch.add(z, self.speak(moved), alpha=self.step_size), kept
 
     def max_step_size(self, num_tokens: int | None = None) -> float | None:
