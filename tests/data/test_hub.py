@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pellucid.data import StepSampler, View, check, hub, load_data, pack, train_loader
+from pellucid.data import StepSampler, View, check, hub, load_data, pack, tables, train_loader
 from pellucid.errors import ConfigError, DataError
 
 datasets = pytest.importorskip("datasets")
@@ -256,4 +256,5 @@ def test_datasets_is_imported_only_when_used():
 
 
 def test_the_docstring_names_every_option():
-    assert all(f"``{option}``" in hub.__doc__ for option in hub.OPTIONS)
+    assert all(f"``{option}``" in tables.__doc__ for option in tables.OPTIONS)
+    assert all(f"``{option}``" in hub.__doc__ for option in hub.COLUMNS)

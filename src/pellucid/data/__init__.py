@@ -8,7 +8,7 @@ from pellucid.data.builtin import NAMES as BUILTIN_NAMES
 from pellucid.data.checks import CheckReport, check
 from pellucid.data.crops import Colour, Crops, MaskedView, Masking, MultiView
 from pellucid.data.dataset import ArrayImages, FileImages, ImageData, ImageSet, Reject
-from pellucid.data.documents import TextData, TextSet
+from pellucid.data.documents import TextData, TextSet, load_text
 from pellucid.data.images import ImageRejected, read_image, show_name, to_channels
 from pellucid.data.load import load_data
 from pellucid.data.loaders import Batch, StepSampler, ViewedSet, eval_loader, train_loader
@@ -50,6 +50,7 @@ __all__ = [
     "eval_loader",
     "eval_token_loader",
     "load_data",
+    "load_text",
     "order",
     "pack",
     "read_image",

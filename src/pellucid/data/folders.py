@@ -1,89 +1,28 @@
 """Folders of pictures: which files, which classes, which split. Nothing is decoded here.
 
-A class is a folder; its pictures lie in it, at any depth. Where labels are optional, every picture counts,
-wherever it lies, unless the folder is one that supervised training would take, with no picture outside of
-its class folders. Hidden files and files without an image extension are ignored. Every real file counts once
-in a tree, by device and inode, in sorted order. A link to a file is followed, and so is a link that is
-itself a class folder, for the user has put it there; a link to a folder further down is not, since one that
-stays in the tree repeats pictures or runs in circles, and one that leaves it may lead anywhere.
+Where labels are optional, every picture counts, wherever it lies, unless the folder is one that supervised
+training would take, with no picture outside of its class folders. ``trees`` says what lies in a folder.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import stat
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
-from pellucid.data.dataset import FileImages, Reject
+from pellucid.data.dataset import FileImages
 from pellucid.data.found import UNLABELLED, Asked, Found, divide
 from pellucid.data.images import EXTENSIONS, show_name
+from pellucid.data.trees import Layout, Tree, deeper, find_layout, links, visible
 from pellucid.errors import DataError, PellucidError
-
-TEST_NAMES = ("val", "valid", "validation", "test")  # the first that is there is the one used
-_IGNORED = frozenset({"__MACOSX"})  # left behind by zip archives
-
-
-class ImageFile(NamedTuple):
-    path: str
-    relative: str  # from the root that was asked for, "/" between the parts
-    size: int  # bytes; 0 where stat fails
-
-
-@dataclass
-class Tree:
-    """One folder of class folders. Class name -> its files in sorted order."""
-
-    root: str
-    classes: dict[str, list[ImageFile]] = field(default_factory=dict)
-    loose: list[ImageFile] = field(default_factory=list)  # directly in the root, in no class
-    unlisted: list[Reject] = field(default_factory=list)  # folders that could not be read
-    links: list[str] = field(default_factory=list)  # links to folders, not followed
-
-    def __len__(self) -> int:
-        """Pictures that have a class."""
-        return sum(map(len, self.classes.values()))
-
-    @property
-    def files(self) -> list[ImageFile]:
-        """Every picture, with a class or without, sorted."""
-        return sorted(self.classed + self.loose, key=lambda file: file.relative)
-
-    @property
-    def classed(self) -> list[ImageFile]:
-        """The pictures that have a class, class by class."""
-        return [file for files in self.classes.values() for file in files]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a folder offers: ``test`` is None when it has no split of its own."""
-
-    root: str
-    train: Tree
-    test: Tree | None
-    labelled: bool = True
-
-    @property
-    def class_names(self) -> list[str]:
-        return sorted(self.train.classes) if self.labelled else []
-
-    @property
-    def trees(self) -> list[Tree]:
-        return [self.train] if self.test is None else [self.train, self.test]
-
-    @property
-    def unlisted(self) -> tuple[Reject, ...]:
-        return tuple(folder for tree in self.trees for folder in tree.unlisted)
 
 
 def find_folder(root: str, name: str, asked: Asked) -> Found:
     """The pictures in a folder. Raises DataError when it cannot be listed at all."""
-    layout = find_layout(root)
+    layout = find_layout(root, is_picture)
     unlabelled = replace(layout, labelled=False)
     problems, without = _problems(layout, asked.test_only), _problems(unlabelled, asked.test_only)
     notes = list(_notes(layout))
@@ -91,7 +30,7 @@ def find_folder(root: str, name: str, asked: Asked) -> Found:
         why = [problem.split(" - ")[0] for problem in problems[:1]] or [
             "images lie outside the class folders"
         ]
-        notes = [f"taken without labels: {why[0]}{_deeper(root)}", *_links(layout)]
+        notes = [f"taken without labels: {why[0]}{deeper(root)}", *links(layout)]
         layout, problems = unlabelled, without
     shown = unlabelled if _classes_with_images(layout) < 2 and not asked.test_only else layout
     train, test = (_images(shown, tree, asked) for tree in (shown.train, shown.test))
@@ -115,26 +54,6 @@ def find_folder(root: str, name: str, asked: Asked) -> Found:
     elif not without:
         found.without_labels = sum(len(tree.files) for tree in layout.trees)
     return found
-
-
-def find_layout(root: str) -> Layout:
-    """Read the folder tree. Raises DataError when ``root`` cannot be listed at all."""
-    folders = {name.lower(): name for name in _class_folders(root)}
-    test = next((folders[name] for name in TEST_NAMES if name in folders), None)
-    if "train" not in folders or test is None:
-        return Layout(root, _scan(root, prefix=""), None)
-    train = folders["train"]
-    pair = [_scan(os.path.join(root, name), prefix=f"{name}/") for name in (train, test)]
-    return Layout(root, pair[0], pair[1])
-
-
-def holds_pictures_below(root: str) -> bool:
-    """Whether a picture lies in a visible folder of ``root``, at any depth."""
-    for here, folders, names in os.walk(root):
-        folders[:] = filter(_visible, folders)
-        if here != root and any(map(_is_picture, names)):
-            return True
-    return False
 
 
 def _images(layout: Layout, tree: Tree | None, asked: Asked) -> FileImages:
@@ -168,13 +87,7 @@ def _notes(layout: Layout) -> Iterator[str]:
     for tree in layout.trees:
         if tree.loose:
             yield f"{len(tree.loose):,} images directly in {show_name(tree.root)} are in no class and ignored"
-    yield from _links(layout)
-
-
-def _links(layout: Layout) -> Iterator[str]:
-    for tree in layout.trees:
-        for link in tree.links:
-            yield f"{show_name(link)} is a link to a folder, not followed"
+    yield from links(layout)
 
 
 def _problems(layout: Layout, test_only: bool) -> list[str]:
@@ -192,7 +105,7 @@ def _problems(layout: Layout, test_only: bool) -> list[str]:
         remedy = f" - give every class a folder of its own, at least two, or {UNLABELLED}"
         found.append(
             f'only one class, "{show_name(layout.class_names[0])}" - {show_name(layout.root)}'
-            f"{_deeper(layout.root) or remedy}"
+            f"{deeper(layout.root) or remedy}"
         )
     if layout.test is not None:
         return found + _test_problems(layout.train, layout.test)
@@ -228,7 +141,7 @@ def _empty_classes(layout: Layout) -> list[str]:
     return [
         f'class "{show_name(name)}" {unlisted.get(os.path.join(tree.root, name), "has no images")}'
         f" - {show_name(tree.root)}"
-        f"{_deeper(layout.root) or ' - add images to that folder or remove it'}"
+        f"{deeper(layout.root) or ' - add images to that folder or remove it'}"
         for tree in layout.trees
         for name, files in tree.classes.items()
         if not files
@@ -237,7 +150,7 @@ def _empty_classes(layout: Layout) -> list[str]:
 
 def _no_images(layout: Layout) -> str:
     shown = show_name(layout.train.root)
-    if hint := _deeper(layout.root):
+    if hint := deeper(layout.root):
         return f"no images under {shown}{hint}"
     if layout.train.loose:
         return (
@@ -247,92 +160,6 @@ def _no_images(layout: Layout) -> str:
     return f"no images under {shown} - put each class in a folder of its own: {shown}/CLASS/picture.jpg"
 
 
-def _deeper(root: str, depth: int = 2) -> str:
-    """``" - did you mean 'X/foo'?"`` when the class folders begin further down, at a train/val pair."""
-    for name in _class_folders(root, missing_ok=True):
-        below = os.path.join(root, name)
-        children = _class_folders(below, missing_ok=True)
-        names = {child.lower() for child in children}
-        is_pair = "train" in names and bool(names.intersection(TEST_NAMES))
-        if is_pair or (name.lower() == "train" and children):
-            return f" - did you mean {show_name(below)}?"
-        if depth > 1 and (hint := _deeper(below, depth - 1)):
-            return hint
-    return ""
-
-
-def _class_folders(root: str, missing_ok: bool = False) -> list[str]:
-    """Sorted names of the visible folders in ``root``; a link back to it or above it is not one."""
-    try:
-        with os.scandir(root) as entries:
-            names = [entry.name for entry in entries if _visible(entry.name) and entry.is_dir()]
-    except OSError as error:
-        if missing_ok:
-            return []
-        raise DataError(f"cannot list {show_name(root)}: {error.strerror} - check its permissions") from None
-    return sorted(name for name in names if not _leads_back(root, name))
-
-
-def _leads_back(root: str, name: str) -> bool:
-    path = os.path.join(root, name)
-    if not os.path.islink(path):
-        return False
-    target, here = os.path.realpath(path), os.path.realpath(root)
-    return os.path.commonpath([target, here]) == target
-
-
-def _visible(name: str) -> bool:
-    return not name.startswith(".") and name not in _IGNORED
-
-
-def _scan(root: str, prefix: str) -> Tree:
-    tree = Tree(root)
-    seen: set[tuple[int, int]] = set()
-    for name in _class_folders(root):
-        tree.classes[name] = _walk(os.path.join(root, name), f"{prefix}{name}", tree, seen)
-    with os.scandir(root) as entries:
-        names = [entry.name for entry in entries if _is_picture(entry.name) and not entry.is_dir()]
-    tree.loose = list(_new_files(root, names, prefix, seen))
-    return tree
-
-
-def _walk(folder: str, relative: str, tree: Tree, seen: set[tuple[int, int]]) -> list[ImageFile]:
-    """The pictures in ``folder`` and below, sorted; what ``seen`` holds is passed over and added to."""
-    found: list[ImageFile] = []
-    for here, folders, names in os.walk(folder, onerror=lambda error: tree.unlisted.append(_unlisted(error))):
-        folders[:] = sorted(filter(_visible, folders))
-        below = (os.path.join(here, name) for name in folders)
-        tree.links.extend(filter(os.path.islink, below))
-        inside = "" if here == folder else os.path.relpath(here, folder).replace(os.sep, "/") + "/"
-        found += _new_files(here, filter(_is_picture, names), f"{relative}/{inside}", seen)
-    return sorted(found, key=lambda file: file.relative)
-
-
-def _new_files(
-    folder: str, names: Iterable[str], prefix: str, seen: set[tuple[int, int]]
-) -> Iterator[ImageFile]:
-    """Those of these files that are not in ``seen``, sorted; adds them to it."""
-    for name in sorted(names):
-        path = os.path.join(folder, name)
-        size, identity = _stat(path)
-        if identity is None or identity not in seen:
-            yield ImageFile(path, prefix + name, size)
-        if identity is not None:
-            seen.add(identity)
-
-
-def _unlisted(error: OSError) -> Reject:
-    return Reject(str(error.filename), f"cannot be listed: {(error.strerror or 'unknown').lower()}")
-
-
-def _is_picture(name: str) -> bool:
-    return _visible(name) and os.path.splitext(name)[1].lower() in EXTENSIONS
-
-
-def _stat(path: str) -> tuple[int, tuple[int, int] | None]:
-    """Size in bytes and (device, inode); (0, None) for a dangling link. The image door names the reason."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return 0, None
-    return (status.st_size if stat.S_ISREG(status.st_mode) else 0), (status.st_dev, status.st_ino)
+def is_picture(name: str) -> bool:
+    """Whether a file of this name is taken for a picture."""
+    return visible(name) and os.path.splitext(name)[1].lower() in EXTENSIONS

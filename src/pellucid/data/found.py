@@ -152,25 +152,30 @@ def settle(
 
 
 def label_problems(
-    train: torch.Tensor, test: torch.Tensor | None, class_names: list[str], asked: Asked
+    train: torch.Tensor,
+    test: torch.Tensor | None,
+    class_names: list[str],
+    asked: Asked,
+    thing: str = "image",
+    unlabelled: str = UNLABELLED,
 ) -> list[tuple[str, str]]:
     """Why supervised training cannot use these labels: (what is wrong, what to do) for each reason."""
     counts = torch.bincount(train[train >= 0], minlength=len(class_names))
     unknown = int((train < 0).sum()) + (0 if test is None else int((test < 0).sum()))
     if unknown:
         whole = len(train) + (0 if test is None else len(test))
-        return [(f"{unknown:,} of {whole:,} images have no label", f"add them, or {UNLABELLED}")]
+        return [(f"{unknown:,} of {whole:,} {thing}s have no label", f"add them, or {unlabelled}")]
     found = []
     if int((counts > 0).sum()) < 2 and not asked.test_only:
-        found.append(("only one class", f"give at least two, or {UNLABELLED}"))
+        found.append(("only one class", f"give at least two, or {unlabelled}"))
     if test is not None:
         missing = [class_names[i] for i in torch.unique(test).tolist() if not counts[i]]
         if missing:
             names = ", ".join(f'"{show_name(name)}"' for name in missing[:5])
-            found.append((f"classes without training images: {names}", "leave them out of test"))
+            found.append((f"classes without training {thing}s: {names}", "leave them out of test"))
     elif not asked.test_only:
         lonely = [class_names[i] for i in torch.nonzero(counts == 1).flatten().tolist()]
         if lonely:
-            what = f'class "{show_name(lonely[0])}" has 1 image and cannot be split into train and test'
-            found.append((what, "add images, or give a test set"))
+            what = f'class "{show_name(lonely[0])}" has 1 {thing} and cannot be split into train and test'
+            found.append((what, f"add {thing}s, or give a test set"))
     return found

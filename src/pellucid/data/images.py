@@ -10,18 +10,18 @@ from __future__ import annotations
 import io
 import logging
 import os
-import stat
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from pellucid.data.regular import open_regular
 from pellucid.errors import ConfigError, DataError
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")  # MPO is opened by JPEG
@@ -98,7 +98,7 @@ def too_large(pixels: int, max_pixels: int) -> str | None:
 
 def file_bytes(path: str | os.PathLike[str]) -> bytes:
     """A picture's file as it is. Raises ImageRejected for one that cannot be read."""
-    with _rejections(path), _open_regular(path) as file:
+    with _rejections(path), open_regular(path) as file:
         return file.read()
 
 
@@ -194,7 +194,7 @@ _DAMAGE = (
 @contextmanager
 def _opened(source: str | os.PathLike[str] | bytes, max_pixels: int) -> Iterator[Image.Image]:
     """The picture with its header read and held to ``max_pixels``, nothing decoded yet."""
-    with io.BytesIO(source) if isinstance(source, bytes) else _open_regular(source) as file:
+    with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source) as file:
         head = file.read(512)
         if not head:
             raise ImageRejected("empty file (0 bytes)")
@@ -210,34 +210,6 @@ def _opened(source: str | os.PathLike[str] | bytes, max_pixels: int) -> Iterator
         if picture.mode.startswith("F"):
             raise ImageRejected("floating-point pixels have no stated range; save it as 8 or 16 bit")
         yield picture
-
-
-def _open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open for reading, or refuse: never waits on a pipe, never touches a device."""
-    _refuse_special(os.stat(path).st_mode)
-    # Between stat and open the name may come to mean a pipe: O_NONBLOCK cannot hang, fstat sees it.
-    flags = getattr(os, "O_NONBLOCK", 0)
-    file = open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags))  # noqa: SIM115
-    try:
-        _refuse_special(os.fstat(file.fileno()).st_mode)
-    except ImageRejected:
-        file.close()
-        raise
-    return file
-
-
-def _refuse_special(mode: int) -> None:
-    if not stat.S_ISREG(mode):
-        raise ImageRejected(f"not a regular file ({_FILE_KINDS.get(stat.S_IFMT(mode), 'special file')})")
-
-
-_FILE_KINDS = {
-    stat.S_IFDIR: "folder",
-    stat.S_IFIFO: "named pipe",
-    stat.S_IFSOCK: "socket",
-    stat.S_IFCHR: "device",
-    stat.S_IFBLK: "device",
-}
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import get_args
 
 import numpy as np
 
-from pellucid.data import arrays, builtin, hub, shards
+from pellucid.data import arrays, builtin, hub, shards, tables
 from pellucid.data.dataset import ImageData, describe, natural_size
 from pellucid.data.folders import find_folder
 from pellucid.data.found import Asked, Found, Labels, Looks
@@ -71,7 +71,11 @@ def load_data(
 
 
 def ask(
-    labels: Labels, test_fraction: float | None, split_seed: int, test_only: bool, max_pixels: int
+    labels: Labels,
+    test_fraction: float | None,
+    split_seed: int,
+    test_only: bool,
+    max_pixels: int = MAX_PIXELS,
 ) -> Asked:
     """What is wanted. Raises ConfigError."""
     if labels not in get_args(Labels):
@@ -100,7 +104,7 @@ def find(path: str, root: str | os.PathLike[str] | None, asked: Asked) -> Found:
     """The pictures that ``path`` names, not yet looked at. Raises DataError when it names none."""
     if path == builtin.IMAGENET:
         return find_folder(builtin.imagenet_folder(_data_root(root)), title(path), asked)
-    if path.startswith(hub.PREFIX):
+    if path.startswith(tables.PREFIX):
         return hub.find_hub(path, asked)
     if shards.is_packed(path):
         return shards.find_packed(path, title(path), asked)

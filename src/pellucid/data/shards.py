@@ -33,10 +33,11 @@ import numpy.typing as npt
 import torch
 
 from pellucid.data.dataset import EncodedImages, Reject
-from pellucid.data.folders import TEST_NAMES, holds_pictures_below
+from pellucid.data.folders import is_picture
 from pellucid.data.found import Asked, Found, Looks, settle, taken_reasons
 from pellucid.data.images import KINDS, Header, ImageRejected, show_name, too_large
 from pellucid.data.tars import read_archive
+from pellucid.data.trees import TEST_NAMES, holds_below, split_word
 from pellucid.data.verify import DECODE_LIMIT, header_of, watched
 from pellucid.errors import DataError
 
@@ -346,7 +347,7 @@ def tar_files(path: str) -> list[str]:
             entry.path for entry in _listed(path) if entry.name.lower() in train_and_test and entry.is_dir()
         ]
         found = sorted(e.path for folder in folders for e in _listed(folder) if _is_tar(e.path))
-        return found if found and not holds_pictures_below(path) else []
+        return found if found and not holds_below(path, is_picture) else []
     if os.path.lexists(path):
         return [path] if _is_tar(path) else []
     if not glob.has_magic(path) or not _TAR.search(path):
@@ -369,7 +370,7 @@ def find_tars(tars: list[str], where: str, name: str, data_root: str, asked: Ask
     )
     found = _found(name, where, whole, index)
     found.notes += index.info["notes"]
-    split = [_split_of(tar) for tar in tars]
+    split = [split_word(tar) for tar in tars]
     of_test = next((word for word in TEST_NAMES if word in split), None)
     of_picture = np.array(split, dtype=object)[index.columns["shard"]]
     train, test = whole, None
@@ -483,17 +484,6 @@ def _classes(texts: list[str | None]) -> tuple[list[str], list[int]]:
     ordered = sorted(set(values.values()))
     rank = {value: k for k, value in enumerate(ordered)}
     return [str(value) for value in ordered], [-1 if t is None else rank[values[t]] for t in texts]
-
-
-def _split_of(tar: str) -> str:
-    """``train``, one of TEST_NAMES or "", from a word of the archive's name, or else its folder's."""
-    folder, name = os.path.split(os.path.abspath(tar))
-    for text in (name, os.path.basename(folder)):
-        words = re.split(r"[^a-z]+", text.lower())
-        for word in ("train", *TEST_NAMES):
-            if word in words:
-                return word
-    return ""
 
 
 def _is_tar(path: str) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
+
+from pellucid.errors import ConfigError
 
 END, MASK = "<|endoftext|>", "<|mask|>"
 
@@ -17,8 +19,8 @@ Ids = npt.NDArray[np.int32]
 class Tokenizer(ABC):
     """Text to words and back. Words are numbers below ``vocab_size``.
 
-    ``name``: "bytes", "bpe", "gpt2", or the file that it was read from. ``end``: the word that begins and ends a
-    text. ``mask``: the word that stands for a hidden one. ``special``: all words that no text encodes to.
+    ``name``: "bytes", "bpe", "gpt2", or the file that it was read from. ``end``: the word that begins and
+    ends a text. ``mask``: the word that stands for a hidden one. ``special``: all words that no text has.
     """
 
     name: str
@@ -30,6 +32,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode(self, data: bytes) -> Ids:
         """The words of a text, int32 (n,), none of them special."""
+
+    def encode_each(self, texts: Iterable[bytes]) -> Iterator[npt.NDArray[np.integer]]:
+        """The words of each text, in order; faster than one by one."""
+        return map(self.encode, texts)
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> bytes:
@@ -60,6 +66,9 @@ class ByteTokenizer(Tokenizer):
     def encode(self, data: bytes) -> Ids:
         return np.frombuffer(data, dtype=np.uint8).astype(np.int32)
 
+    def encode_each(self, texts: Iterable[bytes]) -> Iterator[npt.NDArray[np.integer]]:
+        return (np.frombuffer(text, dtype=np.uint8) for text in texts)
+
     def decode(self, ids: Iterable[int]) -> bytes:
         return bytes(word for word in map(int, ids) if word != self.end)
 
@@ -71,3 +80,10 @@ class ByteTokenizer(Tokenizer):
 
     def to_json(self) -> str:
         raise NotImplementedError
+
+
+def find_tokenizer(name: str, vocab_size: int, texts: Callable[[], Iterable[bytes]]) -> Tokenizer:
+    """"""
+    if name == "bytes":
+        return ByteTokenizer()
+    raise ConfigError(f"no tokenizer is called '{name}'")

@@ -74,14 +74,16 @@ def too_many_rejects(found: Found, looks: tuple[Looks, Looks], max_bad: float) -
     return refusal(named, count, max_bad, found.where)
 
 
-def refusal(named: list[tuple[str, str]], count: int, max_bad: float, where: str) -> str | None:
-    """The message when these (name, reason) are more than the share ``max_bad`` of ``count`` pictures."""
+def refusal(
+    named: list[tuple[str, str]], count: int, max_bad: float, where: str, things: str = "images"
+) -> str | None:
+    """The message when these (name, reason) are more than the share ``max_bad`` of ``count`` things."""
     if len(named) <= max_bad * count:
         return None
     shown = "; ".join(f"{name}: {reason}" for name, reason in named[:5])
     more = f"; and {len(named) - 5} more" if len(named) > 5 else ""
     return (
-        f"{len(named):,} of {count:,} images rejected ({len(named) / count:.2%}, limit {max_bad:.2%})"
+        f"{len(named):,} of {count:,} {things} rejected ({len(named) / count:.2%}, limit {max_bad:.2%})"
         f" - {where} - replace them, or raise --max-bad\n  {shown}{more}"
     )
 

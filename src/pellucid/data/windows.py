@@ -30,12 +30,12 @@ Integers = npt.NDArray[np.int64]
 class Tokens(NamedTuple):
     """Rows of words, padded behind to the longest of them.
 
-    The loss of a batch is the mean over its rows of ``scale`` times a row's sum of nats. Since ``scale`` is one
-    number for the whole set, no cut of a batch into micro-batches changes it.
+    The loss of a batch is the mean over its rows of ``scale`` times a row's sum of nats. Since ``scale`` is
+    one number for the whole set, no cut of a batch into micro-batches changes it.
 
-    ``ids`` int64 (b, n): what the model reads, padded with the word ``end``. ``targets`` int64 (b, n): the word
-    to tell at each place, ``IGNORED`` where none counts. ``real`` bool (b, n): no padding. ``scale`` float32
-    (b,): 1 / (targets of a window, in the mean over all windows of the set).
+    ``ids`` int64 (b, n): what the model reads, padded with the word ``end``. ``targets`` int64 (b, n): the
+    word to tell at each place, ``IGNORED`` where none counts. ``real`` bool (b, n): no padding. ``scale``
+    float32 (b,): 1 / (targets of a window, in the mean over all windows of the set).
     """
 
     ids: torch.Tensor
@@ -54,11 +54,12 @@ class Windows(Dataset[TokenBatch]):
     A document is s = [end] t_1 ... t_n [end]. Windows begin at its places p = 0, c, 2c, ...; the last one is
     moved back, as far as the document goes, so that it is full.
 
-    - ``task="next"``: a model reads s[p : p + c] and tells s[p + 1 : p + c + 1]. What an earlier window has told
-      already counts no more, so that every word after the first ``end`` counts once an epoch.
-    - ``"masked"``: it reads s[p : p + c] and tells those of its ordinary words that are hidden. They are a share
-      ``mask_share``, rounded and at least one, a function of (seed, epoch, index) alone; in place of 80 % stands
-      ``mask``, of 10 % a random ordinary word, and 10 % stay. Windows without ordinary words are left out.
+    - ``task="next"``: a model reads s[p : p + c] and tells s[p + 1 : p + c + 1]. What an earlier window has
+      told already counts no more, so that every word after the first ``end`` counts once an epoch.
+    - ``"masked"``: it reads s[p : p + c] and tells those of its ordinary words that are hidden. They are a
+      share ``mask_share``, rounded and at least one, a function of (seed, epoch, index) alone; in place of
+      80 % stands ``mask``, of 10 % a random ordinary word, and 10 % stay. Windows without ordinary words are
+      left out.
     - ``"whole"``: it reads the first c words of each document, and there is nothing to tell.
 
     With ``cross_documents`` all documents are one, in their order, with one ``end`` between two.
@@ -97,8 +98,7 @@ class Windows(Dataset[TokenBatch]):
         self._cut()
         if not len(self):
             raise DataError(f"no window of {context} words holds a word to hide - take a longer context")
-        mean = self._counted.sum() / len(self)
-        self._scale = float(1 / mean) if mean else 1.0
+        self._scale = len(self) / self.words if self.words else 1.0
         self.labels = torch.full((len(self),), -1) if cross_documents else texts.labels[self.document]
 
     def __len__(self) -> int:
@@ -115,7 +115,7 @@ class Windows(Dataset[TokenBatch]):
 
     @property
     def words(self) -> int:
-        """Targets of all windows."""
+        """Counted targets of all windows."""
         return int(self._counted.sum())
 
     @property
