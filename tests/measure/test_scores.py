@@ -64,9 +64,9 @@ def test_wilson_interval_covers():
 
 
 def test_wrong_input():
-    with pytest.raises(DataError, match="no images"):
+    with pytest.raises(DataError, match="nothing to evaluate"):
         evaluate(Told(3), [])
-    with pytest.raises(DataError, match="no images"):
+    with pytest.raises(DataError, match="nothing to evaluate"):
         evaluate(Told(3), [batch([], torch.zeros(0, dtype=torch.long))])
     for label in (3, 4, -1):
         with pytest.raises(DataError, match=f"a label is {label}, the model has 3 classes"):

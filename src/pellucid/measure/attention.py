@@ -1,4 +1,4 @@
-"""Where each head looks: attention from the class token onto the patches, layer by layer."""
+"""Where each head looks: from the class token onto the patches, or from one word onto others."""
 
 from __future__ import annotations
 
@@ -8,36 +8,39 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pellucid.measure.watch import Sighting, has_steps, watch
+from pellucid.measure.cache import pattern
+from pellucid.measure.watch import Sighting, Text, has_steps, watch
 from pellucid.models.modes import in_eval_mode
-from pellucid.steps import MHSA, TSSA
-from pellucid.steps.mssa import AttentionStep
+from pellucid.steps import TSSA
 
 
 @torch.no_grad()
-def attention_maps(model: Any, images: Float[Tensor, "b c h w"]) -> dict[int, Float[Tensor, "b K n"]]:
+def attention_maps(
+    model: Any, inputs: Tensor | Text, reader: int | None = None
+) -> dict[int, Float[Tensor, "b K n"]]:
     """For each layer (from 1) the weights with which every head of the class token reads the patches.
 
-    Without a class token it is the mean over all tokens. Rows sum to what is left after class token and
-    registers. ToST compares no tokens: for it, the share of each token that belongs to each head. Layers
-    that compress without attention are left out, as are those with an attention of another kind than timm's
-    plain one.
+    Without a class token it is the mean over all tokens; in a text the word at the place ``reader``. Rows sum
+    to what is left after class token and registers. ToST compares no tokens: for it, the share of each token
+    that belongs to each head. Layers that compress without attention are left out, as are those with an
+    attention of another kind than timm's plain one.
     """
     prefix = getattr(getattr(model, "embed", model), "num_prefix_tokens", 0)
     class_token = _has_class_token(model)
     maps: dict[int, Tensor] = {}
 
     def keep(layer: int, weights: Tensor) -> None:
-        reader = weights[:, :, 0] if class_token else weights.mean(-2)
-        maps[layer] = reader[..., prefix:].cpu()
+        place = 0 if class_token else reader
+        read = weights.mean(-2) if place is None else weights[:, :, place]
+        maps[layer] = read[..., prefix:].cpu()
 
     def see(sighting: Sighting) -> None:
         record = sighting.record
         if record is None:
             return
-        step = record.step
-        if isinstance(step, AttentionStep | MHSA):
-            keep(sighting.layer, step.attention(record.z))
+        step, weights = record.step, pattern(record)
+        if weights is not None:
+            keep(sighting.layer, weights)
         elif isinstance(step, TSSA):
             maps[sighting.layer] = step.membership(step.project(record.z))[..., prefix:].cpu()
 
@@ -45,7 +48,7 @@ def attention_maps(model: Any, images: Float[Tensor, "b c h w"]) -> dict[int, Fl
 
     with in_eval_mode(model):
         if has_steps(model):
-            watch(model, images, see)
+            watch(model, inputs, see)
             return maps
         hooks = [
             block.attn.register_forward_pre_hook(
@@ -55,7 +58,7 @@ def attention_maps(model: Any, images: Float[Tensor, "b c h w"]) -> dict[int, Fl
             if type(getattr(block, "attn", None)) is Attention
         ]
         try:
-            model.forward_features(images)
+            model.forward_features(inputs)
         finally:
             for hook in hooks:
                 hook.remove()

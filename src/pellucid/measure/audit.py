@@ -1,4 +1,4 @@
-"""The audit: for each layer and each image, did the step lower the objective it was derived from?
+"""The audit: for each layer and each image or text, did the step lower the objective it was derived from?
 
 Before and after are measured with the step's own parameters and on the step's own scale, so that a growing
 residual cannot fake a change. Black-box models have no objective to hold them to; the columns that mean
@@ -8,8 +8,8 @@ something for any tokens are filled for them too.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pellucid.errors import DataError, NumericsError
-from pellucid.measure.watch import Sighting, image_batches, is_white_box, watch
+from pellucid.measure.watch import Sighting, arguments, input_batches, is_white_box, watch
+from pellucid.models.language import LanguageModel
 from pellucid.models.modes import in_eval_mode
 from pellucid.objectives import coding_rate, nonzero_fraction
 from pellucid.steps import ISTA, OvercompleteISTA, Step, SubspaceStep
@@ -31,10 +32,10 @@ RANK_TOLERANCE = 0.01
 """Singular values below this share of the largest do not count."""
 
 OUTLIER_NORM = 3.0
-"""A token is an outlier when its norm exceeds this many times the median of its image."""
+"""A token is an outlier when its norm exceeds this many times the median of its image or text."""
 
 SHARE = 0.99
-"""A step descends when its objective fell on at least this share of the images."""
+"""A step descends when its objective fell on at least this share of the images or texts."""
 
 
 ROW_KEYS = (
@@ -61,9 +62,9 @@ class Audit:
     Attributes:
         model: its name.
         data: what was looked at.
-        samples: number of images.
+        samples: number of images or texts.
         rows: one dict for each step in order, with ``layer`` (from 1), ``step``, ``objective`` (its name),
-            ``before`` and ``after`` (means over images), ``descended`` (share of images on which it fell),
+            ``before`` and ``after`` (means over samples), ``descended`` (share of samples on which it fell),
             ``coding_rate`` (nats, of unit tokens), ``nonzero`` (share of entries that are not exactly zero;
             of the code, where it is spoken back),
             ``rank`` (of the tokens, mean), ``coherence`` (largest cosine between two subspaces, or between
@@ -71,7 +72,8 @@ class Audit:
             is guaranteed below it from a feasible start; None where it is only measured).
         verdict: ``descends`` (True, False, or None without objectives), ``text``, ``details``.
         spectra: mean singular values of the tokens after each step, largest first.
-        norms: histogram of token norms, relative to the median of each image, after each step.
+        norms: histogram of token norms, relative to the median of each sample, after each step.
+        unit: what a sample is called, ``images`` or ``texts``.
     """
 
     model: str
@@ -81,6 +83,7 @@ class Audit:
     verdict: dict[str, Any]
     spectra: list[dict[str, Any]] = field(default_factory=list)
     norms: list[dict[str, Any]] = field(default_factory=list)
+    unit: str = "images"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -106,60 +109,67 @@ def audit(
 
     Args:
         model: CRATE or any model made of steps, or a timm ViT.
-        batches: images ``(b, c, h, w)`` as the model takes them, or tuples that begin with them.
-        data: what to call the images.
+        batches: images ``(b, c, h, w)`` as the model takes them, for a language model batches of text or
+            words by their numbers; or tuples that begin with them. Padding is left out.
+        data: what to call what is looked at.
         limit: look at no more than so many.
-        progress: called with the number of images after each batch.
+        progress: called with the number of images or texts after each batch.
 
     Raises:
-        DataError: no images.
+        DataError: nothing to look at.
         ConfigError: a model that cannot be looked into.
         NumericsError: tokens that are not finite, naming the step that made them.
     """
     device = next(model.parameters()).device
     looks: dict[tuple[int, str], _Look] = {}
+    reads = isinstance(model, LanguageModel)
+    unit = "texts" if reads else "images"
 
     def see(sighting: Sighting) -> None:
-        if not bool(sighting.tokens.isfinite().all()):
-            raise NumericsError(
-                f"tokens hold NaN or infinity after layer {sighting.layer} {sighting.name} - "
-                f"look at the model's weights, and at the images' scale"
-            )
-        looks.setdefault((sighting.layer, sighting.name), _Look(sighting)).add(sighting)
+        for real in _unpadded(sighting):
+            if not bool(real.tokens.isfinite().all()):
+                where = f"layer {sighting.layer} {sighting.name}"
+                scale = "" if reads else ", and at the images' scale"
+                raise NumericsError(
+                    f"tokens hold NaN or infinity after {where} - look at the model's weights{scale}"
+                )
+            looks.setdefault((sighting.layer, sighting.name), _Look(real)).add(real)
 
     samples = 0
     with in_eval_mode(model):
-        for images in image_batches(batches, device, limit):
-            watch(model, images, see)
-            samples += len(images)
+        for inputs in input_batches(batches, device, limit):
+            watch(model, inputs, see)
+            count = len(arguments(inputs)[0])
+            samples += count
             if progress is not None:
-                progress(len(images))
+                progress(count)
     if not samples:
-        raise DataError("no images to audit - give at least one batch")
+        raise DataError(f"no {unit} to audit - give at least one batch")
     rows = [look.row() for look in looks.values()]
     return Audit(
         model=getattr(model, "architecture", type(model).__name__),
         data=data,
         samples=samples,
         rows=rows,
-        verdict=verdict(rows) if is_white_box(model) else _black_box_verdict(),
+        verdict=verdict(rows, unit) if is_white_box(model) else _black_box_verdict(),
         spectra=[look.spectrum() for look in looks.values()],
         norms=[look.norm_histogram() for look in looks.values()],
+        unit=unit,
     )
 
 
-def verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def verdict(rows: list[dict[str, Any]], unit: str = "images") -> dict[str, Any]:
     """The rows in words: which steps descend, which do not, and which are beyond their bound."""
     held = [row for row in rows if row["objective"] is not None]
     failing = [row for row in held if row["descended"] < SHARE]
-    details = [_failure(row) for row in failing]
+    details = [_failure(row, unit) for row in failing]
     details += [
         f"layer {row['layer']} {row['step']}: step size {row['step_size']:.3g} is beyond the bound "
         f"{row['max_step_size']:.3g} up to which descent is guaranteed"
         for row in held
         if row["max_step_size"] is not None and row["step_size"] >= row["max_step_size"]
     ]
-    share = f"{SHARE:.0%} of the images"
+    share = f"{SHARE:.0%} of the {unit}"
     if not failing:
         text = f"All {len(held)} steps lower their objective on at least {share}."
     else:
@@ -167,8 +177,26 @@ def verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"descends": not failing, "text": text, "details": details}
 
 
+def _unpadded(sighting: Sighting) -> Iterator[Sighting]:
+    """The same without padding, texts of one length at a time: each is measured over its own tokens."""
+    record = sighting.record
+    if record is None or record.real is None:
+        yield sighting
+        return
+    lengths = record.real.sum(1)
+    for length in lengths.unique().tolist():
+        keep = record.real & (lengths == length)[:, None]
+
+        def cut(tokens: Tensor, keep: Tensor = keep, length: int = length) -> Tensor:
+            return tokens[keep].unflatten(0, (-1, length))
+
+        x = None if record.x is None else cut(record.x)
+        alone = replace(record, z=cut(record.z), z_next=cut(record.z_next), x=x, real=None)
+        yield Sighting(sighting.layer, sighting.name, cut(sighting.tokens), alone)
+
+
 class _Look:
-    """What has been seen of one step, image by image."""
+    """What has been seen of one step, sample by sample."""
 
     def __init__(self, first: Sighting) -> None:
         self.layer, self.name = first.layer, first.name
@@ -182,8 +210,9 @@ class _Look:
     def add(self, sighting: Sighting) -> None:
         tokens = sighting.tokens.float()
         record = sighting.record
+        self.num_tokens = min(self.num_tokens, tokens.shape[-2])  # the bound that holds for all
         if record is not None and self.step is not None:
-            before, after = self.step.before_and_after(record.z, record.z_next, record.x)
+            before, after = record.before_and_after()
             self._keep("before", before)
             self._keep("after", after)
         singular = singular_values(tokens)
@@ -222,7 +251,9 @@ class _Look:
         }
 
     def spectrum(self) -> dict[str, Any]:
-        values = torch.cat(self.singular).mean(0).tolist()
+        widest = max(values.shape[-1] for values in self.singular)
+        padded = [F.pad(values, (0, widest - values.shape[-1])) for values in self.singular]
+        values = torch.cat(padded).mean(0).tolist()
         return {"layer": self.layer, "step": self.name, "singular_values": values}
 
     def norm_histogram(self, bins: int = 24) -> dict[str, Any]:
@@ -237,7 +268,7 @@ class _Look:
 
 
 def singular_values(tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b r"]:
-    """Singular values of each image's tokens, largest first, from the smaller Gram matrix.
+    """Singular values of each sample's tokens, largest first, from the smaller Gram matrix.
 
     Values below about 1e-3 of the largest are round-off; the audit reads none that small.
     """
@@ -263,10 +294,10 @@ def coherence(step: Step) -> float | None:
     return largest.fill_diagonal_(0).max().clamp_max(1).item()
 
 
-def _failure(row: dict[str, Any]) -> str:
+def _failure(row: dict[str, Any], unit: str) -> str:
     where = f"layer {row['layer']} {row['step']}"
     change = f"{row['before']:.4g} -> {row['after']:.4g}"
-    name, share = row["objective"], f"{row['descended']:.1%} of images"
+    name, share = row["objective"], f"{row['descended']:.1%} of {unit}"
     if row["after"] >= row["before"]:
         verb = "raises" if row["after"] > row["before"] else "does not change"
         return f"{where} {verb} {name} on average: {change}, falls on {share}"

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pellucid.errors import ConfigError, suggest
-from pellucid.measure.watch import Sighting, has_steps, watch
+from pellucid.measure.watch import Sighting, Text, arguments, has_steps, watch
+from pellucid.models.language import LanguageModel
 from pellucid.models.modes import in_eval_mode
 from pellucid.steps import ISTA, MHSA, MLP, OvercompleteISTA, Step, StepRecord, SubspaceStep
 from pellucid.steps.mssa import AttentionStep
@@ -22,7 +23,7 @@ NamesFilter = str | Collection[str] | Callable[[str], bool] | None
 
 @torch.no_grad()
 def run_with_cache(
-    model: Any, images: Float[Tensor, "b c h w"], names_filter: NamesFilter = None
+    model: Any, inputs: Tensor | Text, names_filter: NamesFilter = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The model's output and, by TransformerLens's names, the activations on the way there.
 
@@ -43,10 +44,12 @@ def run_with_cache(
     non-linearity gives. In CRATE the code takes the token's place, so ``mlp.hook_post`` and
     ``hook_resid_post`` are one tensor. What a layer does not have is not in the cache: TSSA and exact
     compression form no weights, and an attention or MLP of another kind than timm's plain one is not guessed.
+    No weight goes to padding; what stands in the places of padding itself means nothing.
 
     Args:
         model: CRATE or any model made of steps, or a timm ViT. Runs in eval mode and without gradients.
-        images: as the model takes them, on its device.
+        inputs: images as the model takes them, on its device; for a language model a batch of text, or
+            words by their numbers ``(b, n)``.
         names_filter: None for all, a name, several, or a function of a name that says whether to keep it.
             Nothing else is computed: the n x n attention weights are formed only where they are kept.
 
@@ -68,7 +71,11 @@ def run_with_cache(
 
     watch_names = _watch_steps if has_steps(model) else _watch_blocks
     with in_eval_mode(model):
-        output = model.forward_head(watch_names(model, images, offer))
+        tokens = watch_names(model, inputs, offer)
+        if isinstance(model, LanguageModel) and model.classifier is not None:
+            output = model.classify(tokens, *arguments(inputs)[1:])
+        else:
+            output = model.forward_head(tokens)
     missing = set() if callable(names_filter) or names_filter is None else {*names_filter} - offered
     if missing:
         name = min(missing)
@@ -78,14 +85,14 @@ def run_with_cache(
 
 
 Offer = Callable[[int, str, Callable[[], Tensor]], None]
-Parts = Iterator[tuple[str, Callable[[], Tensor]]]
+Parts = Iterator[tuple[str, Callable[[], Any]]]
 
 
 def _keep(names: Collection[str] | None) -> Callable[[str], bool]:
     return lambda name: names is None or name in names
 
 
-def _watch_steps(model: Any, images: Tensor, offer: Offer) -> Tensor:
+def _watch_steps(model: Any, inputs: Tensor | Text, offer: Offer) -> Tensor:
     """Ours: a step says what it is made of, and its ``enter`` has seen the tokens in front of it."""
     entered: dict[nn.Module, Tensor] = {}
     seen = 0
@@ -106,10 +113,10 @@ def _watch_steps(model: Any, images: Tensor, offer: Offer) -> Tensor:
         for step in (module for module in model.modules() if isinstance(module, Step)):
             hook = step.enter.register_forward_pre_hook(lambda door, args: entered.update({door: args[0]}))
             hooks.callback(hook.remove)
-        return watch(model, images, see)
+        return watch(model, inputs, see)
 
 
-def _watch_blocks(model: Any, images: Tensor, offer: Offer) -> Tensor:
+def _watch_blocks(model: Any, inputs: Tensor | Text, offer: Offer) -> Tensor:
     """A timm ViT: hooks before each block, its attention and its MLP; ``watch`` sees what comes after."""
 
     def see(sighting: Sighting) -> None:
@@ -132,7 +139,32 @@ def _watch_blocks(model: Any, images: Tensor, offer: Offer) -> Tensor:
             for part in (getattr(block, "attn", None), getattr(block, "mlp", None)):
                 if part is not None:
                     hooks.callback(part.register_forward_pre_hook(inside(layer)).remove)
-        return watch(model, images, see)
+        return watch(model, inputs, see)
+
+
+def code(record: StepRecord) -> Float[Tensor, "b n m"] | None:
+    """How strongly each atom of a dictionary, or each hidden unit of an MLP, responds to each token.
+
+    None for a step that has neither.
+    """
+    step, z = record.step, record.z
+    if isinstance(step, ISTA):
+        return record.z_next
+    if isinstance(step, OvercompleteISTA):
+        return step.code(z)
+    return F.gelu(step.fc1(step.norm(z))) if isinstance(step, MLP) else None
+
+
+def pattern(record: StepRecord) -> Float[Tensor, "b K n n"] | None:
+    """The attention weights of a step, ``[query, key]``, none of them on padding; None without attention."""
+    step = record.step
+    if not isinstance(step, AttentionStep | MHSA):
+        return None
+    weights = step.attention(record.z)
+    if record.real is None or step.sees != "all":  # causal: padding comes last and is not seen
+        return weights
+    weights = weights * record.real[:, None, None, :]
+    return weights / weights.sum(-1, keepdim=True)
 
 
 def _parts(record: StepRecord) -> Parts:
@@ -144,13 +176,9 @@ def _parts(record: StepRecord) -> Parts:
         for i, name in enumerate("qkv"):
             yield f"attn.hook_{name}", lambda i=i: _rows(step.heads(step.norm(z))[i])  # type: ignore[misc]
     if isinstance(step, AttentionStep | MHSA):
-        yield "attn.hook_pattern", lambda: step.attention(z)
-    if isinstance(step, ISTA):
-        yield "mlp.hook_post", lambda: record.z_next
-    if isinstance(step, OvercompleteISTA):
-        yield "mlp.hook_post", lambda: step.code(z)
-    if isinstance(step, MLP):
-        yield "mlp.hook_post", lambda: F.gelu(step.fc1(step.norm(z)))
+        yield "attn.hook_pattern", lambda: pattern(record)
+    if isinstance(step, ISTA | OvercompleteISTA | MLP):
+        yield "mlp.hook_post", lambda: code(record)
 
 
 def _block_parts(module: Any, tokens: Float[Tensor, "b n d"]) -> Parts:

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pellucid.errors import ConfigError
 from pellucid.measure.audit import SHARE
 from pellucid.measure.bench import _interleaved, _ratios
+from pellucid.measure.scores import t_quantile
 from pellucid.models.modes import in_eval_mode
 
 CONFIDENCE = 0.95
@@ -207,35 +208,6 @@ def difference(model: Contender, first: Contender) -> Difference:
         f"({CONFIDENCE:.0%} interval {_points(low, unit=False)} to {_points(high)}): {verdict}."
     )
     return Difference(middle, (low, high), better, text)
-
-
-def t_quantile(share: float, freedom: int) -> float:
-    """Where a share of Student's t distribution lies below, by bisection.
-
-    Args:
-        share: 0.5..1, not 1 itself.
-        freedom: degrees of freedom, 1 or more.
-    """
-    low, high = 0.0, 1.0
-    while _t_within(high, freedom) < 2 * share - 1:
-        low, high = high, 2 * high
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_within(middle, freedom) < 2 * share - 1 else (low, middle)
-    return high
-
-
-def _t_within(t: float, freedom: int) -> float:
-    """P(|T| < t): the finite sums of Abramowitz and Stegun (1964), 26.7.3 and 26.7.4."""
-    angle = math.atan(t / math.sqrt(freedom))
-    odd = freedom % 2
-    term = total = math.cos(angle) if odd else 1.0
-    for k in range(2 + odd, freedom - 1, 2):
-        term *= math.cos(angle) ** 2 * (k - 1) / k
-        total += term
-    if freedom == 1:
-        return 2 / math.pi * angle
-    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
 
 
 def forward_flop(model: nn.Module, images: Float[Tensor, "b c h w"]) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.errors import DataError
+from pellucid.measure.watch import arguments, inputs_of
 from pellucid.models.modes import in_eval_mode
 
 
@@ -57,23 +58,23 @@ def evaluate(
     confidence: float = 0.95,
     progress: Callable[[int], None] | None = None,
 ) -> Scores:
-    """Score a classifier on labelled batches ``(images, labels, ...)``.
+    """Score a classifier on labelled batches ``(images, labels, ...)``, or of text in place of images.
 
     Raises:
-        DataError: no images, a label that the model has no class for, or names for other classes.
+        DataError: no images or texts, a label that the model has no class for, or names for other classes.
     """
     device = next(model.parameters()).device
     true: list[Tensor] = []
     guessed: list[Tensor] = []
     with in_eval_mode(model), torch.no_grad():
         for batch in batches:
-            logits = model(batch[0].to(device))
+            logits = model(*arguments(inputs_of(batch, device)))
             guessed.append(logits.argmax(-1).cpu())
             true.append(batch[1].cpu())
             if progress is not None:
                 progress(len(batch[1]))
     if not any(map(len, true)):
-        raise DataError("no images to evaluate - give at least one batch")
+        raise DataError("nothing to evaluate - give at least one batch")
     known = logits.shape[-1]
     names = list(class_names or map(str, range(known)))
     if len(names) != known:
@@ -120,6 +121,35 @@ def wilson_interval(successes: int, count: int, confidence: float = 0.95) -> tup
     half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
     scale = 1 + z**2 / count
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def t_quantile(share: float, freedom: int) -> float:
+    """Where a share of Student's t distribution lies below, by bisection.
+
+    Args:
+        share: 0.5..1, not 1 itself.
+        freedom: degrees of freedom, 1 or more.
+    """
+    low, high = 0.0, 1.0
+    while _t_within(high, freedom) < 2 * share - 1:
+        low, high = high, 2 * high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_within(middle, freedom) < 2 * share - 1 else (low, middle)
+    return high
+
+
+def _t_within(t: float, freedom: int) -> float:
+    """P(|T| < t): the finite sums of Abramowitz and Stegun (1964), 26.7.3 and 26.7.4."""
+    angle = math.atan(t / math.sqrt(freedom))
+    odd = freedom % 2
+    term = total = math.cos(angle) if odd else 1.0
+    for k in range(2 + odd, freedom - 1, 2):
+        term *= math.cos(angle) ** 2 * (k - 1) / k
+        total += term
+    if freedom == 1:
+        return 2 / math.pi * angle
+    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
 
 
 def _class_row(confusion: np.ndarray, i: int, name: str) -> dict[str, Any]:
