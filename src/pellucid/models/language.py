@@ -11,7 +11,7 @@ each token descends an objective of its own prefix, see :class:`~pellucid.steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -102,7 +102,7 @@ class LanguageModel(nn.Module):
         self.vocab_size, self.embed_dim = embed.words.weight.shape
         self.context = len(embed.places.weight)
         self.num_features = self.embed_dim
-        self.grad_checkpointing = False
+        self.grad_checkpointing: bool | Callable[..., Tensor] = False
         self._scale_residual_branches()
         if self.classifier is not None:
             nn.init.normal_(self.classifier.weight, std=0.02)
@@ -136,7 +136,7 @@ class LanguageModel(nn.Module):
         """Normalised tokens after the last layer. Vectors may stand in place of the numbers of words."""
         self._check(ids, ids.shape[1], real)
         z = self.embed(ids, torch.arange(ids.shape[1], device=ids.device)[None])
-        recompute = self.grad_checkpointing and torch.is_grad_enabled()
+        recompute = torch.is_grad_enabled() and self.grad_checkpointing
         return self.norm(unroll(self.layers, z, on_step=on_step, checkpoint=recompute, real=real))
 
     def forward_head(self, tokens: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -150,7 +151,7 @@ def unroll(
     x: Tensor | None = None,
     on_step: OnStep | None = None,
     *,
-    checkpoint: bool = False,
+    checkpoint: bool | Callable[..., Tensor] = False,
     real: Bool[Tensor, "b n"] | None = None,
     memory: Memory | None = None,
 ) -> Float[Tensor, "b n d"]:
@@ -164,15 +165,17 @@ def unroll(
         z: tokens to start from.
         x: handed to every step unchanged.
         on_step: called with a :class:`StepRecord` after every step. Costs nothing when absent.
-        checkpoint: recompute each layer in the backward pass in place of keeping its activations. Not
-            combined with ``on_step``, which would be called twice.
+        checkpoint: recompute each layer in the backward pass in place of keeping its activations; or what
+            does so, called with a function and its arguments. Not combined with ``on_step``, which would be
+            called twice.
         real: which tokens are no padding. Steps in which all tokens meet leave out the others; what becomes
             of those does not matter.
         memory: ``z`` follows the tokens that causal steps remember here, and is remembered in turn.
     """
+    again = checkpoint if callable(checkpoint) else partial(recompute, use_reentrant=False)
     for index, layer in enumerate(layers, start=1):
         if checkpoint and on_step is None:
-            z = recompute(_run_layer, index, layer, z, x, None, real, use_reentrant=False)
+            z = again(_run_layer, index, layer, z, x, None, real)
         else:
             z = _run_layer(index, layer, z, x, on_step, real, memory)
     return z
