@@ -14,7 +14,14 @@ from pellucid.data.load import load_data
 from pellucid.data.loaders import Batch, StepSampler, ViewedSet, eval_loader, train_loader
 from pellucid.data.packing import Packed, pack
 from pellucid.data.randomness import draws, order
-from pellucid.data.tokenizers import ByteTokenizer, Tokenizer
+from pellucid.data.tokenizers import (
+    BPETokenizer,
+    ByteTokenizer,
+    Tokenizer,
+    find_tokenizer,
+    read_tokenizer,
+    train_bpe,
+)
 from pellucid.data.views import Magnitudes, View
 from pellucid.data.windows import IGNORED, Tokens, Windows, eval_token_loader, token_loader
 
@@ -22,6 +29,7 @@ __all__ = [
     "BUILTIN_NAMES",
     "IGNORED",
     "ArrayImages",
+    "BPETokenizer",
     "Batch",
     "ByteTokenizer",
     "CheckReport",
@@ -49,13 +57,16 @@ __all__ = [
     "draws",
     "eval_loader",
     "eval_token_loader",
+    "find_tokenizer",
     "load_data",
     "load_text",
     "order",
     "pack",
     "read_image",
+    "read_tokenizer",
     "show_name",
     "to_channels",
     "token_loader",
+    "train_bpe",
     "train_loader",
 ]

@@ -12,15 +12,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pellucid.data.bpe import refuse_training, train_bpe
 from pellucid.data.corpora import find_corpus
 from pellucid.data.dataset import Reject
 from pellucid.data.found import Labels
 from pellucid.data.load import MAX_BAD, ask
 from pellucid.data.readings import TEST, TRAIN, Reading, divide_texts, read_corpus
 from pellucid.data.sources import name_of
-from pellucid.data.tokenizers import Tokenizer, find_tokenizer
+from pellucid.data.tokenizers import BPE, Tokenizer, find_tokenizer
 from pellucid.data.verify import watched
-from pellucid.errors import DataError
+from pellucid.errors import ConfigError, DataError
+
+TRAIN_BYTES = 2**26
+"""As much text as a tokenizer is trained on."""
 
 Ids = npt.NDArray[np.integer]
 
@@ -110,9 +114,9 @@ def load_text(
     Classes are the folders in which files lie, or the labels. With ``labels="optional"``, labels that
     supervised training could not use are put aside, and noted.
 
-    ``tokenizer`` is ``"bytes"``; ``"bpe"``, which is trained on the training documents to ``vocab_size``
-    words; ``"gpt2"``, from the hub or what is kept of it; or a ``tokenizer.json``, or a folder that holds
-    one.
+    ``tokenizer`` is ``"bytes"``; ``"bpe"``, which is trained on the training documents, of more than 64 MiB
+    on every k-th, to at most ``vocab_size`` words; ``"gpt2"``, from the hub or what is kept of it; or a
+    ``tokenizer.json``, or a folder that holds one.
 
     Data without a split hold back ``test_fraction`` (0.1) of their texts, by ``split_seed``, of each class if
     they have classes; equal texts stay on one side. Data that bring a split keep it. With ``test_only`` train
@@ -125,10 +129,12 @@ def load_text(
     if isinstance(spec, TextData):
         return spec
     asked = ask(labels, test_fraction, split_seed, test_only)
+    words = _tokenizer(os.fspath(tokenizer), vocab_size, test_only)
     corpus = find_corpus(os.fspath(spec), asked)
     reading = read_corpus(corpus, asked, max_bad)
     divide_texts(reading, asked)
-    words = find_tokenizer(os.fspath(tokenizer), vocab_size, lambda: reading.texts(TRAIN))
+    if words is None:
+        words = train_bpe(reading.sample(TRAIN_BYTES), vocab_size)
     train, test = _encoded(reading, words)
     return TextData(
         name=corpus.name,
@@ -140,6 +146,19 @@ def load_text(
         fingerprint=_fingerprint(reading),
         notes=tuple(corpus.notes),
     )
+
+
+def _tokenizer(name: str, vocab_size: int, test_only: bool) -> Tokenizer | None:
+    """The one of this name, or None where it is yet to be trained. What cannot be is refused at once."""
+    if name != BPE:
+        return find_tokenizer(name)
+    refuse_training(vocab_size)
+    if test_only:
+        raise ConfigError(
+            "a tokenizer cannot be trained with test_only, for there is no text to train on"
+            " - give the path of the one that the model was trained with"
+        )
+    return None
 
 
 @final

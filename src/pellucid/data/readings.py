@@ -57,9 +57,19 @@ class Reading:
         """What to call text i; safe to print."""
         return name_of(self.sources[self.source[i]], int(self.place[i]))
 
+    def sample(self, limit: int) -> Iterator[bytes]:
+        """Of those to train on every k-th, for the least k that makes them about ``limit`` bytes at most."""
+        rows = np.flatnonzero(self.side == TRAIN)
+        k = max(-(-int(self.size[rows].sum()) // limit), 1)
+        wanted = np.zeros(len(self), dtype=bool)
+        wanted[rows[::k]] = True
+        yield from self._read(wanted)
+
     def texts(self, *sides: int) -> Iterator[bytes]:
         """Those on these sides, read anew. Raises DataError for one that has changed in the meantime."""
-        wanted = np.isin(self.side, sides)
+        yield from self._read(np.isin(self.side, sides))
+
+    def _read(self, wanted: npt.NDArray[np.bool_]) -> Iterator[bytes]:
         for number in np.unique(self.source[wanted]).tolist():
             source = self.sources[number]
             i, last = np.searchsorted(self.source, [number, number + 1]).tolist()

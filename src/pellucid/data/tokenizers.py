@@ -1,89 +1,84 @@
-"""Words of a text, by numbers: bytes as they are."""
+"""Tokenizers by name, and from files."""
 
 from __future__ import annotations
 
-import hashlib
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+import json
+import os
 
-import numpy as np
-import numpy.typing as npt
+from pellucid.data.bpe import BPETokenizer, train_bpe
+from pellucid.data.images import show_name
+from pellucid.data.regular import open_regular
+from pellucid.data.words import ByteTokenizer, Tokenizer, is_bytes
+from pellucid.errors import ConfigError, DataError, suggest
 
-from pellucid.errors import ConfigError
+__all__ = ["BPETokenizer", "ByteTokenizer", "Tokenizer", "find_tokenizer", "read_tokenizer", "train_bpe"]
 
-END, MASK = "<|endoftext|>", "<|mask|>"
+BYTES, BPE, GPT2 = NAMES = ("bytes", "bpe", "gpt2")
+FILE = "tokenizer.json"
 
-Ids = npt.NDArray[np.int32]
+_REPOSITORIES = ("openai-community/gpt2", "gpt2")  # it has moved; either may be what is kept on this machine
 
 
-class Tokenizer(ABC):
-    """Text to words and back. Words are numbers below ``vocab_size``.
+def find_tokenizer(name: str) -> Tokenizer:
+    """``"bytes"``, ``"gpt2"``, or the tokenizer of a ``tokenizer.json`` or of a folder that holds one.
 
-    ``name``: "bytes", "bpe", "gpt2", or the file that it was read from. ``end``: the word that begins and
-    ends a text. ``mask``: the word that stands for a hidden one. ``special``: all words that no text has.
+    A name goes before a file of that name; say ``./gpt2`` for it. Raises ConfigError or DataError, naming why
+    there is none.
     """
-
-    name: str
-    vocab_size: int
-    end: int
-    mask: int
-    special: frozenset[int]
-
-    @abstractmethod
-    def encode(self, data: bytes) -> Ids:
-        """The words of a text, int32 (n,), none of them special."""
-
-    def encode_each(self, texts: Iterable[bytes]) -> Iterator[npt.NDArray[np.integer]]:
-        """The words of each text, in order; faster than one by one."""
-        return map(self.encode, texts)
-
-    @abstractmethod
-    def decode(self, ids: Iterable[int]) -> bytes:
-        """The text of these words; special ones are left out."""
-
-    @abstractmethod
-    def piece(self, word: int) -> str:
-        """One word as it can be shown."""
-
-    @abstractmethod
-    def to_json(self) -> str:
-        """A ``tokenizer.json`` that the library ``tokenizers`` reads, with the same words of any text."""
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of what decides which words a text has."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
-
-
-class ByteTokenizer(Tokenizer):
-    """Each byte is a word, 0 to 255; 256 begins and ends a text, and stands for what is hidden."""
-
-    name = "bytes"
-    vocab_size = 257
-    end = mask = 256
-    special = frozenset({256})
-
-    def encode(self, data: bytes) -> Ids:
-        return np.frombuffer(data, dtype=np.uint8).astype(np.int32)
-
-    def encode_each(self, texts: Iterable[bytes]) -> Iterator[npt.NDArray[np.integer]]:
-        return (np.frombuffer(text, dtype=np.uint8) for text in texts)
-
-    def decode(self, ids: Iterable[int]) -> bytes:
-        return bytes(word for word in map(int, ids) if word != self.end)
-
-    def piece(self, word: int) -> str:
-        if word == self.end:
-            return END
-        character = chr(word)
-        return character if word < 128 and character.isprintable() else f"<{word:02x}>"
-
-    def to_json(self) -> str:
-        raise NotImplementedError
-
-
-def find_tokenizer(name: str, vocab_size: int, texts: Callable[[], Iterable[bytes]]) -> Tokenizer:
-    """"""
-    if name == "bytes":
+    if name == BYTES:
         return ByteTokenizer()
-    raise ConfigError(f"no tokenizer is called '{name}'")
+    if name == GPT2:
+        return _gpt2()
+    if os.path.lexists(name):
+        return read_tokenizer(name)
+    known = suggest(name, NAMES, [*NAMES, f"the path of a {FILE}"])
+    raise ConfigError(f"no tokenizer and no file is called '{show_name(name)}'{known}")
+
+
+def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """From a ``tokenizer.json``, or a folder that holds one. That of bytes needs no library.
+
+    Raises:
+        DataError: it cannot be read, or is none; or the library ``tokenizers`` is missing.
+    """
+    file = os.path.join(path, FILE) if os.path.isdir(path) else os.fspath(path)
+    shown = show_name(file)
+    try:
+        with open_regular(file) as opened:
+            text = opened.read().decode("utf-8-sig")
+        found = json.loads(text)
+        if is_bytes(found):
+            return ByteTokenizer()
+    except OSError as error:
+        raise DataError(f"cannot read {shown}: {error.strerror} - name a {FILE}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{shown} is no {FILE} - give one of the library tokenizers") from error
+    return BPETokenizer(text, shown)
+
+
+def _gpt2() -> Tokenizer:
+    """GPT-2's, as it is kept on this machine, or else from the hub."""
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise DataError(
+            "tokenizer gpt2 needs the package 'huggingface_hub' - pip install 'pellucid[lm]'"
+        ) from error
+    for kept in _REPOSITORIES:
+        try:
+            return _named(hf_hub_download(kept, FILE, local_files_only=True))
+        except OSError:
+            continue
+    try:
+        return _named(hf_hub_download(_REPOSITORIES[0], FILE))
+    except Exception as error:  # of huggingface_hub and httpx: no common class
+        detail = show_name((str(error).splitlines() or [type(error).__name__])[0])[:120]
+        raise DataError(
+            f"cannot get the tokenizer gpt2 from the hub - check the connection, or give the path of a {FILE}"
+            f"\n  ({type(error).__name__}: {detail})"
+        ) from error
+
+
+def _named(path: str) -> Tokenizer:
+    with open(path, encoding="utf-8") as file:
+        return BPETokenizer(file.read(), GPT2)
