@@ -17,7 +17,8 @@ from pellucid.glass.unlabelled import training_views
 from pellucid.models import create_model
 from pellucid.training import open_run, train
 from pellucid.training.masked import MAE
-from pellucid.training.run import _set_up
+from pellucid.training.pictures import Pictures
+from pellucid.training.run import OBJECTIVES, _set_up
 
 TINY = {"embed_dim": 16, "depth": 1, "num_heads": 2}
 
@@ -142,11 +143,12 @@ def test_the_map_is_the_principal_plane(simdino, collected, digits):
 
 
 def test_views_are_those_of_the_training(simdino, collected, digits):
-    setting = _set_up(simdino.config, digits)
-    assert training_views(simdino, digits) == setting.views
+    material = _set_up(simdino.config, Pictures(digits, OBJECTIVES["simdino"])).material
+    assert isinstance(material, Pictures)
+    assert training_views(simdino, digits) == material.views
     for shown in collected["views"]["images"]:
         i = next(i for i in range(len(digits.train)) if digits.train.name(i) == shown["name"])
-        crops = setting.views.batch([digits.train.image(i)], [i])
+        crops = material.views.batch([digits.train.image(i)], [i])
         assert len(shown["large"]) == 2
         assert shown["small"] == []
         for k, uri in enumerate(shown["large"]):

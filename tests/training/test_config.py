@@ -19,7 +19,7 @@ OTHER = {
     "objective": "other", "epochs": 3, "batch_size": 64, "lr": 1e-2, "matrix_lr": 2e-2, "weight_decay": 0.1,
     "warmup": 0.2, "label_smoothing": 0.2, "incoherence": 0.1, "objective_args": {"eps": 1.0},
     "weight_decay_end": 0.4, "large_crops": 3, "small_crops": 5, "small_size": 4, "crop_split": 0.5,
-    "stop_on_collapse": True,
+    "stop_on_collapse": True, "tokenizer": "bpe", "vocab_size": 300, "cross_documents": True,
     "clip": 1.0, "average": 0.5, "augment": "photo", "flip": True,
     "precision": "bf16", "accumulate": 2, "workers": 3, "eval_every": 2, "save_every": 7,
     "init_from": "there", "new_head": True, "max_bad": 0.5, "download": True, "data_root": "root",

@@ -21,7 +21,8 @@ from pellucid.models.embed import patch_grid
 from pellucid.objectives import effective_rank
 from pellucid.training import Run
 from pellucid.training.masked import MAE
-from pellucid.training.run import OBJECTIVES, REFERENCE, several_views, training_view
+from pellucid.training.pictures import REFERENCE, several_views, training_view
+from pellucid.training.run import OBJECTIVES
 
 QUERIES, NEAR = 6, 6
 """Images whose neighbours are shown, and how many of them."""

@@ -2,7 +2,7 @@
 
 ``timm.create_model("local-dir:FOLDER", pretrained=True)`` and transformers'
 ``AutoModelForImageClassification.from_pretrained(FOLDER)`` read it too, once ``pellucid.models`` is imported.
-Language models have the same two files, with fewer entries. Nothing is ever unpickled, and a name from a file
+Language models have the same two files, with fewer entries, and their tokenizer's. Nothing is ever unpickled, and a name from a file
 only ever selects from timm's registry and from our own.
 """
 
@@ -23,7 +23,7 @@ from pellucid.errors import CheckpointError, suggest
 from pellucid.models.create import create_model, list_models, some_models
 from pellucid.models.language import MODELS, LanguageModel
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 
 _SOURCE = ("url", "hf_hub_id", "architecture", "tag", "custom_load")
 """Where timm's published weights of an architecture come from: not where these come from."""
@@ -100,6 +100,12 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     else:
         model.pretrained_cfg = {**vars(model)["pretrained_cfg"], **cfg}
     return model.eval()
+
+
+def tokenizer_of(path: str | os.PathLike[str]) -> Path | None:
+    """The tokenizer's file of a run or a ``model/`` folder, where there is one."""
+    places = (Path(path) / "model" / TOKENIZER, Path(path) / TOKENIZER)
+    return next((place for place in places if place.is_file()), None)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

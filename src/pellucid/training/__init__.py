@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from pellucid.training.config import TrainConfig, read_config
 
-__all__ = ["Run", "TrainConfig", "load_images", "open_run", "read_config", "train"]
+__all__ = ["Run", "TrainConfig", "load_images", "load_material", "open_run", "read_config", "train"]
 
 if TYPE_CHECKING:
-    from pellucid.training.run import Run, load_images, open_run, train
+    from pellucid.training.run import Run, load_images, load_material, open_run, train
 
 
 def __getattr__(name: str) -> Any:

@@ -32,12 +32,14 @@ class TrainConfig:
     """All choices of a training run. ``runs/NAME/config.yaml`` holds them as resolved and is accepted back.
 
     Attributes:
-        data: a known name, a folder of class folders, or a ``.npz``.
+        data: a known name, a folder of class folders, or a ``.npz``; for text a folder of files, or a
+            ``.jsonl``.
         out: the run's folder.
         model: any name of ``pellucid models`` or timm; chosen by the size of the pictures when empty.
         model_args: options of the architecture: ``img_size``, ``patch_size``, ``embed_dim``, ...
         objective: what is learnt from: ``supervised`` (cross-entropy) or ``mcr2`` (rate reduction) with
-            labels; ``simdino``, ``simdinov2``, ``dino``, ``mcr2-views`` or ``mae`` without.
+            labels; ``simdino``, ``simdinov2``, ``dino``, ``mcr2-views`` or ``mae`` without; of text
+            ``causal-lm``, ``masked-lm`` or ``text-classification``.
         objective_args: numbers of the objective, such as ``eps`` and ``gamma``; ``docs/learning.md`` lists
             them.
         seed: of everything random.
@@ -58,6 +60,10 @@ class TrainConfig:
         small_crops: views that show a part of it; by the size of the pictures when left out.
         small_size: side of the small views in pixels; about half of the images' when left out.
         crop_split: share of the area above which a view is large; by the size of the pictures when left out.
+        tokenizer: of text: ``bytes``, ``bpe`` (learnt from the training texts), ``gpt2``, or a file; that of
+            ``init_from``, or bytes, when left out.
+        vocab_size: words of a tokenizer that is learnt.
+        cross_documents: of text: let a row go on with the next document, so that no place is left empty.
         stop_on_collapse: end a run whose features collapse, with everything saved.
         precision: ``32``, or ``bf16`` for products in bfloat16.
         accumulate: micro-batches of one step.
@@ -102,6 +108,9 @@ class TrainConfig:
     small_crops: int | None = None
     small_size: int | None = None
     crop_split: float | None = None
+    tokenizer: str = ""
+    vocab_size: int = 8192
+    cross_documents: bool = False
     stop_on_collapse: bool = False
     precision: Precision = "32"
     accumulate: int = 1
@@ -129,7 +138,7 @@ class TrainConfig:
         for name in ("model_args", "objective_args"):
             given = getattr(self, name)
             setattr(self, name, {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()})
-        for key in ("epochs", "batch_size", "accumulate", "lr", "matrix_lr", "large_crops"):
+        for key in ("epochs", "batch_size", "accumulate", "lr", "matrix_lr", "large_crops", "vocab_size"):
             if not getattr(self, key) > 0:
                 raise ConfigError(f"{key} is {getattr(self, key)}; it must be larger than 0")
         for key in (

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, ClassVar, Self, get_type_hints
+from typing import Any, ClassVar, Literal, Self, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -20,22 +20,24 @@ from pellucid.training.config import Augment, TrainConfig, checked
 from pellucid.training.health import Verdict
 
 Batches = Iterable[tuple[Any, ...]]
-"""Of ``(images, labels, index)``."""
+"""Of ``(images, labels, index)``, or of :class:`~pellucid.data.Tokens` in place of images."""
 
 
 @dataclass(frozen=True)
 class Held:
-    """Images to measure on.
+    """What to measure on: images, or text.
 
     Attributes:
         test: held back, without augmentation.
         train: of the training images, without augmentation, for measures that compare.
         views: held back, as in training, for objectives whose batches are several views.
+        words_per_byte: of held back text; of no meaning for images.
     """
 
     test: Batches
     train: Batches = ()
     views: Batches = ()
+    words_per_byte: float = 0.0
 
 
 class Objective(nn.Module):
@@ -44,6 +46,7 @@ class Objective(nn.Module):
     Loops and lightning only drive it. Whatever it holds as parameters and buffers is in every checkpoint.
 
     Attributes:
+        reads: ``"images"`` or ``"text"``.
         model: what the run hands over in the end.
         heads: trained beside the model and not handed over; empty unless an objective needs them.
         many_views: a batch holds several views of each image, :class:`~pellucid.data.crops.Crops`.
@@ -54,6 +57,7 @@ class Objective(nn.Module):
         settings: the numbers that define it, with all defaults of a run resolved.
     """
 
+    reads: ClassVar[Literal["images", "text"]] = "images"
     many_views: ClassVar[bool] = False
     family: ClassVar[str] = "crate"
     needs_labels: ClassVar[bool] = True
@@ -109,6 +113,11 @@ class Objective(nn.Module):
         With one view of each image, a batch holds :class:`~pellucid.data.crops.Crops` where there are some.
         """
         return None
+
+    @classmethod
+    def reading(cls, config: TrainConfig) -> Mapping[str, Any]:
+        """Of one that reads text: how it is cut into rows, as options of :class:`~pellucid.data.Windows`."""
+        return {}
 
     def after_step(self, step: int, total: int) -> None:
         """Called when the optimiser has taken step ``step`` of ``total``, counted from 0."""

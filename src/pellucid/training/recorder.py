@@ -47,15 +47,16 @@ class StopFlag:
 
 
 class Throughput:
-    """Images per second since the last report, and how much of that time went by waiting for them.
+    """Images or words per second since the last report, and how much of that time went by waiting for them.
 
     Args:
         waited: seconds that the loop has waited for data so far.
-        images: of a step.
+        units: of a step.
+        unit: what they are.
     """
 
-    def __init__(self, waited: Callable[[], float], images: int) -> None:
-        self.waited, self.images = waited, images
+    def __init__(self, waited: Callable[[], float], units: int, unit: str = "images") -> None:
+        self.waited, self.units, self.unit = waited, units, unit
         self.start()
 
     def start(self) -> None:
@@ -68,13 +69,12 @@ class Throughput:
     def told(self) -> str:
         """As the end of a line; empty while there is nothing to tell."""
         seconds = time.monotonic() - self.since
-        if not self.steps or not self.images:
+        if not self.steps or not self.units:
             return ""
         share = (self.waited() - self.waited_before) / seconds
         hint = " - more --workers may help" if share > 0.3 else ""
-        return (
-            f"; {self.steps * self.images / seconds:.0f} images/s, {share:.0%} of it waiting for data{hint}"
-        )
+        speed = self.steps * self.units / seconds
+        return f"; {speed:.0f} {self.unit}/s, {share:.0%} of it waiting for data{hint}"
 
 
 class Recorder:
@@ -83,7 +83,7 @@ class Recorder:
     Args:
         out: the run's folder.
         learner: whose step has just been taken.
-        held: what to evaluate on.
+        held: what to evaluate on, asked whether the run is at its end.
         steps_per_epoch: may be a fraction.
         eval_every, save_every: in steps.
         data: fingerprint of the data, kept in every checkpoint.
@@ -91,7 +91,7 @@ class Recorder:
         sharded: each rank writes its part of a checkpoint.
         stop_on_collapse: end when the objective's verdict is that its features have collapsed.
         waited: seconds that the loop has waited for data so far.
-        images_per_step: of all ranks.
+        units_per_step, unit: of all ranks, for the throughput.
         writes: False on all ranks but one.
         progress: draw a bar; where there is no terminal, say a line at every evaluation.
         say: gets those lines.
@@ -101,7 +101,7 @@ class Recorder:
         self,
         out: Path,
         learner: Learner,
-        held: Callable[[], Held],
+        held: Callable[[bool], Held],
         *,
         steps_per_epoch: float,
         eval_every: int,
@@ -111,7 +111,8 @@ class Recorder:
         sharded: bool = False,
         stop_on_collapse: bool = False,
         waited: Callable[[], float] = lambda: 0.0,
-        images_per_step: int = 0,
+        units_per_step: int = 0,
+        unit: str = "images",
         writes: bool = True,
         progress: bool = True,
         say: Callable[[str], None] = lambda line: None,
@@ -121,7 +122,7 @@ class Recorder:
         self.log_every = max(1, min(50, round(steps_per_epoch)))
         self.data, self.stop, self.writes = data, stop, writes
         self.sharded, self.stop_on_collapse = sharded, stop_on_collapse
-        self.clock = Throughput(waited, images_per_step)
+        self.clock = Throughput(waited, units_per_step, unit)
         self.history: list[dict[str, float]] = []
         self.health: Verdict | None = None
         self.refused = False  # to save a state that is not finite
@@ -181,7 +182,8 @@ class Recorder:
         with self.learner.measured(self.writes) as (objective, weights):
             if not self.writes:
                 return
-            parts = objective.evaluate(weights, self.held())
+            final = self.learner.step == self.learner.total_steps
+            parts = objective.evaluate(weights, self.held(final))
         of_training = {k: v for k, v in self.latest.items() if not k.startswith("test ")}
         self.latest |= {f"test {key}": value for key, value in parts.items()}
         self.history.append({**of_training, **parts, "step": self.learner.step})
@@ -264,7 +266,7 @@ class Recorder:
         return before is not None and before.state == "collapsing"
 
     def _show(self) -> None:
-        names = ("loss", "test accuracy", "test knn accuracy")
+        names = ("loss", "test accuracy", "test knn accuracy", "test bits per byte")
         self.bar.set_postfix({key: f"{self.latest[key]:.3f}" for key in names if key in self.latest})
 
     def _write(self, split: str, values: Mapping[str, float | str]) -> None:

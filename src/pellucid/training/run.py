@@ -13,26 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as tensors_to_bytes
 from torch import nn
 
-from pellucid.data import (
-    Colour,
-    ImageData,
-    MaskedView,
-    Masking,
-    MultiView,
-    StepSampler,
-    View,
-    eval_loader,
-    load_data,
-    train_loader,
-)
-from pellucid.data.crops import SMALL_COLOUR
+from pellucid.data import ImageData, StepSampler, TextData
 from pellucid.errors import CheckpointError, ConfigError, DataError, NumericsError, Stopped, suggest
 from pellucid.models import create_model, load
-from pellucid.models.embed import embedding, image_size
-from pellucid.models.saved import CONFIG, WEIGHTS, copy_weights, describe_model
+from pellucid.models.saved import copy_weights
 from pellucid.training.checkpoint import (
     last_good,
     load_checkpoint,
@@ -45,16 +31,20 @@ from pellucid.training.checkpoint import (
     write_flushed,
 )
 from pellucid.training.config import TrainConfig, read_config, refuse_changes
+from pellucid.training.language import CausalLM, MaskedLM, TextClassification
 from pellucid.training.learner import Learner
 from pellucid.training.loops import fit_lightning, fit_plain
 from pellucid.training.masked import MAE
+from pellucid.training.material import Material
 from pellucid.training.mcr2 import MCR2, SelfSupervisedMCR2
-from pellucid.training.objective import Held, Objective
+from pellucid.training.objective import Objective
+from pellucid.training.pictures import Pictures
 from pellucid.training.ranks import launched, rank
 from pellucid.training.recipe import MuonAdamW
 from pellucid.training.recorder import Recorder, StopFlag, read_lines
 from pellucid.training.self_distillation import DINO, SimDINO, SimDINOv2
 from pellucid.training.supervised import Supervised
+from pellucid.training.texts import Texts
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "supervised": Supervised,
@@ -64,13 +54,12 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dino": DINO,
     "mcr2-views": SelfSupervisedMCR2,
     "mae": MAE,
+    "causal-lm": CausalLM,
+    "masked-lm": MaskedLM,
+    "text-classification": TextClassification,
 }
 
-REFERENCE = 5_000
-"""Training images at most that measures compare with."""
-
-VIEWED = 512
-"""Test images at most whose views are compared."""
+Data = str | os.PathLike[str] | ImageData | TextData
 
 Say = Callable[[str], None]
 
@@ -83,8 +72,8 @@ class Run:
         out: its folder.
         config: as resolved.
         model: trained, in eval mode.
-        accuracy: share of test images classified rightly at the end; None without a classifier.
-        measures: of the test images at the end: the objective's parts, or what its features are worth.
+        accuracy: share of test images, or texts, classified rightly at the end; None without a classifier.
+        measures: of what was held back, at the end: the objective's parts, or what its features are worth.
         seconds: of training, over all sittings.
     """
 
@@ -102,7 +91,7 @@ class Run:
 
 
 def train(
-    data: str | os.PathLike[str] | ImageData,
+    data: Data,
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -113,7 +102,8 @@ def train(
     """Train a model and leave a run folder behind.
 
     Args:
-        data: see :func:`pellucid.load_data`.
+        data: see :func:`pellucid.load_data`; text for objectives that read it, see
+            :func:`pellucid.data.load_text`.
         resume: go on from the newest checkpoint in ``out``; to the same bits on the same CPU.
         overwrite: replace a run that stands at ``out``.
         progress: draw a bar.
@@ -127,7 +117,7 @@ def train(
         Stopped: by a signal; the state is saved.
         ProcessLost: one of several processes that train together is gone.
     """
-    name = data.name if isinstance(data, ImageData) else os.fspath(data)
+    name = data.name if isinstance(data, ImageData | TextData) else os.fspath(data)
     config = TrainConfig.from_mapping({**options, "data": name})
     if config.objective not in OBJECTIVES:
         raise ConfigError(f"unknown objective '{config.objective}'{suggest(config.objective, OBJECTIVES)}")
@@ -136,8 +126,8 @@ def train(
     )
     _refuse_strategy(config)
     _refuse_other_processes(config)
-    images = load_images(config, data)
-    setting = _set_up(_resolved(config, images), images)
+    material = load_material(config, data, resume)
+    setting = _set_up(material.resolved(config), material)
     config = setting.config
     out = Path(config.out)
     if rank() > 0:  # the first process owns the folder
@@ -148,20 +138,32 @@ def train(
             raise SystemExit(error.exit_code) from error  # the first process says why
     _claim(out, config, resume=resume, overwrite=overwrite)
     with locked(out), StopFlag() as stop:
+        for file, content in material.kept_files().items():
+            write_file(out / file, content)
         for folder in (out, out / "checkpoints"):
             sweep(folder)
         return _train(setting, out, stop, resume, progress, say)
 
 
-def load_images(config: TrainConfig, data: str | os.PathLike[str] | ImageData | None = None) -> ImageData:
+def load_material(config: TrainConfig, data: Data | None = None, resume: bool = False) -> Material:
+    """What a run learns from, as its objective reads it."""
+    kind = OBJECTIVES[config.objective]
+    material: type[Pictures] | type[Texts] = Texts if kind.reads == "text" else Pictures
+    given: Any = config.data if data is None else data
+    other = ImageData if kind.reads == "text" else TextData
+    if isinstance(given, other):
+        raise ConfigError(
+            f"{config.objective} reads {kind.reads}, and {given.name} is none - see --objective"
+        )
+    return material.load(given, config, kind, resume)
+
+
+def load_images(config: TrainConfig) -> ImageData:
     """The images of a run, with labels where its objective needs them."""
-    return load_data(
-        config.data if data is None else data,
-        labels="required" if OBJECTIVES[config.objective].needs_labels else "optional",
-        download=config.download,
-        root=config.data_root,
-        max_bad=config.max_bad,
-    )
+    material = load_material(config)
+    if not isinstance(material, Pictures):
+        raise ConfigError(f"{config.objective} has learnt from text, and this is about images")
+    return material.images
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
@@ -210,22 +212,20 @@ class _Setting:
     """A run's parts, made from its options and data alone."""
 
     config: TrainConfig
-    images: ImageData
+    material: Material
     model: nn.Module
     learner: Learner
-    view: View
-    views: MultiView | MaskedView | None
     waited: list[float]
 
     @property
     def steps_per_epoch(self) -> float:
-        return len(self.images.train) / self.config.batch_size
+        return len(self.material) / self.config.batch_size
 
     def batches(self, rank: int, world: int) -> Any:
         """Micro-batches from the learner's step to the end."""
         config, learner = self.config, self.learner
         sampler = StepSampler(
-            n=len(self.images.train),
+            n=len(self.material),
             batch_size=config.batch_size,
             seed=config.seed,
             steps=learner.total_steps,
@@ -234,19 +234,7 @@ class _Setting:
             rank=rank,
             world=world,
         )
-        view = self.views or self.view
-        loader = train_loader(self.images.train, view, sampler, workers=config.workers)
-        return Waiting(loader, self.waited)
-
-    def held(self) -> Held:
-        """What is measured on."""
-        view, workers = replace(self.view, augment="none"), self.config.workers
-        train = eval_loader(self.images.train, view, workers=workers, limit=REFERENCE)
-        test = eval_loader(self.images.test, view, workers=workers)
-        if not isinstance(self.views, MultiView):
-            return Held(test, train)
-        views = eval_loader(self.images.test, self.views, workers=workers, limit=VIEWED)
-        return Held(test, train, views)
+        return Waiting(self.material.batches(sampler, config.workers), self.waited)
 
 
 def _refuse_strategy(config: TrainConfig) -> None:
@@ -278,19 +266,20 @@ def _refuse_to_cut(objective: Objective) -> None:
             raise ConfigError(f"fsdp cuts by rows, and {name} is a single number - take --strategy ddp")
 
 
-def _set_up(config: TrainConfig, images: ImageData) -> _Setting:
+def _set_up(config: TrainConfig, material: Material) -> _Setting:
     kind = OBJECTIVES[config.objective]
-    steps = math.ceil(config.epochs * len(images.train) / config.batch_size)
     # An orthogonal matrix has other last bits with other threads, and a run begins there.
     with _cpu_threads(1):
         torch.manual_seed(config.seed)
-        model = create_model(config.model, **_model_args(config, images))
+        model = create_model(config.model, **material.model_args(config))
         if config.init_from is not None:
             copy_weights(model, config.init_from, new_head=config.new_head)
+        material.cut_for(model, config)
+        steps = math.ceil(config.epochs * len(material) / config.batch_size)
         objective = kind.build(model, config, steps)
     if config.strategy == "fsdp":
         _refuse_to_cut(objective)
-    config = replace(config, objective_args=_arguments(objective), **_crop_choices(config, model))
+    config = material.shown_to(model, objective, replace(config, objective_args=_arguments(objective)))
     end = config.weight_decay_end
     learner = Learner(
         objective,
@@ -302,21 +291,9 @@ def _set_up(config: TrainConfig, images: ImageData) -> _Setting:
         average=config.average,
         seed=config.seed,
     )
-    view = training_view(config, images, image_size(model))
-    setting = _Setting(config, images, model, learner, view, _views(config, view, objective), [0.0])
+    setting = _Setting(config, material, model, learner, [0.0])
     setting.batches(0, max(1, config.devices) * config.nodes if isinstance(config.devices, int) else 1)
     return setting
-
-
-def _model_args(config: TrainConfig, images: ImageData) -> dict[str, Any]:
-    """The architecture's options, those that the data and the objective settle among them."""
-    kind = OBJECTIVES[config.objective]
-    found = {**config.model_args, "in_chans": images.in_chans, "num_classes": len(images.class_names)}
-    if not kind.needs_labels:
-        found["num_classes"] = 0
-    if kind.many_views:
-        found["dynamic_img_size"] = True
-    return found
 
 
 def _arguments(objective: Objective) -> dict[str, Any]:
@@ -325,63 +302,11 @@ def _arguments(objective: Objective) -> dict[str, Any]:
     return {k: v for k, v in settings.items() if k not in ("label_smoothing", "incoherence")}
 
 
-def _crop_choices(config: TrainConfig, model: Any) -> dict[str, Any]:
-    """How many small views, and of what size: about half of the images' side, in whole patches."""
-    if not OBJECTIVES[config.objective].many_views:
-        return {}
-    side, patch = min(image_size(model)), math.isqrt(_patch_area(model))
-    # In few pixels a part says little about the whole.
-    tiny = config.augment == "small"
-    count = config.small_crops if config.small_crops is not None else 0 if tiny else 8
-    split = config.crop_split if config.crop_split is not None else 0.8 if tiny else 0.4
-    size = config.small_size or max(1, round(side / 2 / patch)) * patch
-    if config.large_crops + count < 2:
-        raise ConfigError("one view of an image has no other to agree with - take two --large-crops")
-    if count and size % patch:
-        raise ConfigError(f"small_size is {size}; it must be made of patches of {patch}")
-    return {"small_crops": count, "small_size": size, "crop_split": split}
-
-
-def _views(config: TrainConfig, view: View, objective: Objective) -> MultiView | MaskedView | None:
-    if not objective.many_views:
-        return MaskedView(view, objective.masking) if objective.masking else None
-    return several_views(config, view, objective.masking)
-
-
-def training_view(config: TrainConfig, images: ImageData, img_size: tuple[int, int]) -> View:
-    """How a run whose options are resolved sees a training image."""
-    return View(
-        img_size=img_size,
-        in_chans=images.in_chans,
-        mean=images.mean,
-        std=images.std,
-        augment=config.augment,  # type: ignore[arg-type]  # resolved: no longer "auto"
-        flip=bool(config.flip),
-        seed=config.seed,
-    )
-
-
-def several_views(config: TrainConfig, view: View, masking: Masking | None) -> MultiView:
-    """How it sees one where its objective compares views."""
-    assert config.small_crops is not None
-    assert config.small_size is not None
-    assert config.crop_split is not None
-    return MultiView(
-        view,
-        large=config.large_crops,
-        small=config.small_crops,
-        small_size=(config.small_size, config.small_size),
-        split=config.crop_split,
-        colour=SMALL_COLOUR if config.augment == "small" else Colour(),
-        masking=masking,
-    )
-
-
 def _train(setting: _Setting, out: Path, stop: StopFlag, resume: bool, progress: bool, say: Say) -> Run:
-    config, images, learner = setting.config, setting.images, setting.learner
+    config, material, learner = setting.config, setting.material, setting.learner
     saved = load_checkpoint(out / "checkpoints") if resume else None
     if saved is not None:
-        _refuse_changed_data(saved.meta["data"], images, config, out)
+        _refuse_changed_data(saved.meta["data"], material, config, out)
         learner.load_tensors(saved.tensors, saved.step)
         for line in saved.damaged:
             say(f"passed over {line}")
@@ -389,17 +314,20 @@ def _train(setting: _Setting, out: Path, stop: StopFlag, resume: bool, progress:
     recorder = Recorder(
         out,
         learner,
-        setting.held,
+        lambda final: material.held(config.workers, final),
         steps_per_epoch=setting.steps_per_epoch,
-        eval_every=_interval(config.eval_every, setting.steps_per_epoch, learner.total_steps, at_most=40),
+        eval_every=_interval(
+            config.eval_every, setting.steps_per_epoch, learner.total_steps, at_most=material.looks
+        ),
         save_every=config.save_every
         or _interval(0, setting.steps_per_epoch, learner.total_steps, at_most=20),
-        data=images.fingerprint,
+        data=material.fingerprint,
         stop=stop,
         sharded=config.checkpoint_format == "sharded",
         stop_on_collapse=config.stop_on_collapse,
         waited=lambda: setting.waited[0],
-        images_per_step=config.batch_size,
+        units_per_step=config.batch_size * material.units,
+        unit=material.unit,
         writes=rank() == 0,
         progress=progress,
         say=say,
@@ -471,12 +399,8 @@ SMALL_STEP = 4e9
 
 def _threads(setting: _Setting) -> AbstractContextManager[None]:
     """The run's number of CPU threads. The numbers of a run depend on it in their last bits."""
-    height, width = setting.view.img_size
-    tokens = height * width / _patch_area(setting.model)
-    if isinstance(setting.views, MultiView):
-        tokens *= setting.views.large
     parameters = sum(p.numel() for p in setting.model.parameters())
-    small = 6 * parameters * tokens * setting.config.batch_size < SMALL_STEP
+    small = 6 * parameters * setting.material.tokens * setting.config.batch_size < SMALL_STEP
     return _cpu_threads(setting.config.threads or (1 if small else torch.get_num_threads()))
 
 
@@ -488,40 +412,6 @@ def _cpu_threads(number: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _patch_area(model: Any) -> int:
-    height, width = getattr(embedding(model), "patch_size", (1, 1))
-    return height * width
-
-
-def _resolved(config: TrainConfig, images: ImageData) -> TrainConfig:
-    """The options with every choice that was left to the data made."""
-    kind, model, model_args = OBJECTIVES[config.objective], config.model, dict(config.model_args)
-    if not model:
-        model, sizes = _choose_model(images, kind.family)
-        # Without labels, and in few steps, the mean of the patches tells more than a class token learns to.
-        pool = {} if kind.needs_labels else {"global_pool": "avg"}
-        model_args = {**sizes, **pool, **model_args}
-    for key, found in (("num_classes", len(images.class_names)), ("in_chans", images.in_chans)):
-        if model_args.pop(key, found) != found:
-            given = config.model_args[key]
-            raise ConfigError(f"model_args has {key} {given}, the data has {found} - leave it out")
-    augment = config.augment
-    if augment == "auto":
-        augment = kind.small_augment if images.small else "photo"
-    flip = config.flip if config.flip is not None else not images.small
-    out = config.out or f"runs/{Path(config.data).stem}-{model}"
-    return replace(config, model=model, model_args=model_args, augment=augment, flip=flip, out=out)
-
-
-def _choose_model(images: ImageData, family: str) -> tuple[str, dict[str, Any]]:
-    """A model of this family for pictures of this size, with the size it takes."""
-    if images.img_size is None:
-        return f"{family}_tiny_patch16_224", {}
-    kind, patch = ("digits", 2) if max(images.img_size) <= 12 else ("micro_patch4_32", 4)
-    height, width = (math.ceil(side / patch) * patch for side in images.img_size)
-    return f"{family}_{kind}", {"img_size": height if height == width else (height, width)}
 
 
 def _interval(epochs: float, steps_per_epoch: float, total: int, at_most: int) -> int:
@@ -560,8 +450,8 @@ def _is_half_written(path: Path) -> bool:
     return path.name.startswith(".tmp-config.yaml-")
 
 
-def _refuse_changed_data(fingerprint: str, images: ImageData, config: TrainConfig, out: Path) -> None:
-    if fingerprint != images.fingerprint:
+def _refuse_changed_data(fingerprint: str, material: Material, config: TrainConfig, out: Path) -> None:
+    if fingerprint != material.fingerprint:
         raise DataError(
             f"{config.data} has changed since the run began - restore its files, or start a new run with "
             f"--init-from {out}"
@@ -569,46 +459,32 @@ def _refuse_changed_data(fingerprint: str, images: ImageData, config: TrainConfi
 
 
 def _about_bad_batch(error: NumericsError, setting: _Setting, out: Path) -> str:
-    """Write down which images the refused step was made of, and say so."""
-    step, images = setting.learner.step, setting.images.train
-    sampler = StepSampler(len(images), setting.config.batch_size, setting.config.seed, step + 1, step)
+    """Write down what the refused step was made of, and say so."""
+    step, material = setting.learner.step, setting.material
+    sampler = StepSampler(len(material), setting.config.batch_size, setting.config.seed, step + 1, step)
     keys = [key for batch in sampler for key in batch]
-    items = [{"index": index, "epoch": epoch, "name": images.name(index)} for index, epoch in keys]
+    items = [{"index": index, "epoch": epoch, "name": material.item_name(index)} for index, epoch in keys]
     path = out / "bad" / f"step-{step + 1:08d}.json"
     path.parent.mkdir(exist_ok=True)
     write_file(path, json.dumps({"step": step + 1, "reason": str(error), "items": items}, indent=1))
     return (
         f"{error}: the step was not applied, the state after step {step} is saved\n"
-        f"its {len(items)} images ({items[0]['name']}, ...) are listed in {path}\n"
+        f"its {len(items)} {material.items} ({items[0]['name']}, ...) are listed in {path}\n"
         f"look at them, or start again with a lower --lr and --matrix-lr"
     )
 
 
 def _hand_over(run: Run, setting: _Setting) -> None:
     """``model/`` and ``result.json``: what others read."""
-    weights = {name: value.detach().contiguous() for name, value in run.model.state_dict().items()}
-    config = describe_model(
-        run.model,
-        weights,
-        class_names=setting.images.class_names if run.model.num_classes else [],
-        mean=setting.view.mean,
-        std=setting.view.std,
-        img_size=setting.view.img_size,
-        in_chans=setting.view.in_chans,
-    )
-    run.model.pretrained_cfg = {**run.model.pretrained_cfg, **config["pretrained_cfg"]}
-    data = tensors_to_bytes(weights, metadata={"format": "pt"})
-    with saving(run.out, len(data)), new_folder(run.out / "model") as scratch:
-        write_flushed(scratch / WEIGHTS, data)
-        write_flushed(scratch / CONFIG, json.dumps(config, indent=1).encode())
-    images = setting.images
+    files = setting.material.model_files(run.model)
+    with saving(run.out, sum(map(len, files.values()))), new_folder(run.out / "model") as scratch:
+        for name, content in files.items():
+            write_flushed(scratch / name, content)
     result = {
         "accuracy": run.accuracy,
         "measures": run.measures,
         "seconds": round(run.seconds, 3),
         "steps": setting.learner.total_steps,
-        "train_images": len(images.train),
-        "test_images": len(images.test),
-        "rejects": [reject._asdict() for reject in images.rejects],
+        **setting.material.facts(),
     }
     write_file(run.out / "result.json", json.dumps(result, indent=1))
