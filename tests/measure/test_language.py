@@ -1,5 +1,6 @@
 """Scores of text against cross-entropy by hand, and intervals against draws whose truth is known."""
 
+import json
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 from pellucid.data import IGNORED, Tokens
 from pellucid.errors import ConfigError, DataError, NumericsError
 from pellucid.measure import language, score_text
-from pellucid.measure.language import nats_alone, tell
+from pellucid.measure.language import difference, nats_alone, tell
 from pellucid.models import create_model
 
 
@@ -146,9 +147,29 @@ def test_one_document_has_no_interval():
     assert "95%" not in result.table()
 
 
+def test_two_models_differ_document_by_document():
+    texts, documents = [batch(12, 20), batch(12, 20, seed=5)], torch.arange(24) // 2
+    index = [torch.arange(12), torch.arange(12, 24)]
+    batches = [(text, None, rows) for text, rows in zip(texts, index, strict=True)]
+    one, two = (
+        score_text(made(name), batches, documents=documents, text_bytes=480)
+        for name in ("crate_gpt_bytes", "gpt2_bytes")
+    )
+    more, (low, high) = difference(one, two)
+    assert more == pytest.approx(one.bits_per_byte - two.bits_per_byte, rel=1e-6)
+    assert low < more < high
+    same = difference(one, one)
+    assert same == (0.0, (0.0, 0.0))
+    # Without bytes, in nats for a word.
+    bare = [score_text(made(name), batches) for name in ("crate_gpt_bytes", "gpt2_bytes")]
+    assert difference(*bare)[0] == pytest.approx(one.nats - two.nats, rel=1e-6)
+    with pytest.raises(ConfigError, match="scores of other words - nothing to pair"):
+        difference(one, score_text(made(), batches[:1], text_bytes=200))
+
+
 def test_a_table_and_a_dict_say_it_all():
     result = score_text(made(), [batch()], text_bytes=300)
-    told = result.to_dict()
+    told = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert told["perplexity"] == result.perplexity
     assert told["perplexity_interval"][0] < result.perplexity < told["perplexity_interval"][1]
     table = result.table()

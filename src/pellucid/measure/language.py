@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import NormalDist
 from typing import Any, Literal, NamedTuple
 
@@ -118,6 +118,8 @@ class TextScores:
     accuracy_interval: tuple[float, float] | None
     confidence: float
     by_position: list[dict[str, Any]]
+    sums: Float[Tensor, "3 documents"] = field(repr=False, compare=False)
+    """Of each document the nats, the words and the bytes, which are NaN where they are not known."""
 
     @property
     def perplexity(self) -> float:
@@ -128,9 +130,9 @@ class TextScores:
         return None if self.interval is None else (_exp(self.interval[0]), _exp(self.interval[1]))
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, with ``perplexity`` and its interval."""
+        """All but ``sums``, with ``perplexity`` and its interval."""
         own = {"perplexity": self.perplexity, "perplexity_interval": self.perplexity_interval}
-        return asdict(self) | own
+        return {key: value for key, value in asdict(self).items() if key != "sums"} | own
 
     def table(self) -> str:
         """Its numbers as text for a terminal."""
@@ -220,7 +222,27 @@ def score_text(
         accuracy_interval=_within_one(_ratio_interval(right, words, confidence)),
         confidence=confidence,
         by_position=_by_position(sums),
+        sums=torch.stack([nats, words, torch.full_like(nats, math.nan) if known is None else known]),
     )
+
+
+def difference(model: TextScores, other: TextScores) -> tuple[float, tuple[float, float] | None]:
+    """How many bits a byte ``model`` needs more than ``other``, and the interval of that.
+
+    The documents are the same, and what is hard in one is hard for both: differences are taken document by
+    document, so the interval is narrower than those of the two scores. In nats for a word where bytes are
+    not known.
+
+    Raises:
+        ConfigError: scores of other documents.
+    """
+    (nats, words, bytes_), (others, those, _) = model.sums, other.sums
+    if nats.shape != others.shape or not torch.equal(words, those):
+        raise ConfigError("scores of other words - nothing to pair; score both models on the same documents")
+    known = bool(bytes_.isfinite().all())
+    below, unit = (bytes_, math.log(2)) if known else (words, 1.0)
+    more = (nats - others) / unit
+    return _ratio(more, below), _ratio_interval(more, below, model.confidence)
 
 
 def nats_alone(counts: Int[Tensor, " v"]) -> Float[Tensor, " v"]:

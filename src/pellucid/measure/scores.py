@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.errors import DataError
-from pellucid.measure.watch import arguments, inputs_of
+from pellucid.measure.watch import Text, arguments, inputs_of
 from pellucid.models.modes import in_eval_mode
 
 
@@ -107,10 +107,11 @@ def scores_of(
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: Tensor) -> Tensor:
-    """Class probabilities ``(b, K)``."""
+def predict(model: nn.Module, inputs: Tensor | Text) -> Tensor:
+    """Class probabilities ``(b, K)`` of images, or of a batch of text."""
     with in_eval_mode(model):
-        return model(images.to(next(model.parameters()).device)).float().softmax(-1).cpu()
+        given = arguments(inputs_of(inputs, next(model.parameters()).device))
+        return model(*given).float().softmax(-1).cpu()
 
 
 def wilson_interval(successes: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
