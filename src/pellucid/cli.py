@@ -961,6 +961,62 @@ def bench_tokens(
 
 
 @app.command
+def bench_generation(
+    *,
+    models: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    beside: str | None = None,
+    lengths: Annotated[list[int] | None, Parameter(consume_multiple=True)] = None,
+    prompt: int = 256,
+    new_tokens: int = 16,
+    batch_size: int = 1,
+    rounds: int = 3,
+    threads: int | None = None,
+    budget: float = 60.0,
+    limit_gib: float = 12.0,
+    out: Annotated[Path | None, Parameter(("-o", "--out"))] = None,
+) -> None:
+    """Speed and memory of writing text: CRATE, CRATE-alpha and ToST beside a GPT-2, as ratios.
+
+    Parameters
+    ----------
+    models
+        Causal language models; CRATE, CRATE-alpha and ToST in GPT-2's small size when left out.
+    beside
+        The model that they are compared with; the GPT-2 of the first one's size when left out.
+    lengths
+        Of texts in memory, in tokens; 256 to 65,536 when left out.
+    prompt
+        Words to read where writing is timed.
+    new_tokens
+        Words to write behind them.
+    batch_size
+        Texts at once.
+    rounds
+        Repetitions, in turns; medians over them are shown.
+    threads
+        Of the processor.
+    budget
+        Seconds that a model may take to read a text; longer ones are left out, which is said.
+    limit_gib
+        A length at which the memories of all models are larger together is left out, in GiB.
+    out
+        Write the rows as JSON.
+    """
+    from pellucid.measure.bench_generation import bench_generation as measure
+
+    _refuse_output(out)
+    given = {"models": models, "lengths": lengths}
+    chosen: Any = {key: tuple(value) for key, value in given.items() if value}
+    result = measure(
+        **chosen, beside=beside, prompt=prompt, new_tokens=new_tokens, batch_size=batch_size, rounds=rounds,
+        threads=threads, budget=budget, limit_gib=limit_gib, progress=_tell,
+    )  # fmt: skip
+    say(result.table())
+    if out is not None:
+        _write(out, json.dumps(result.to_dict(), indent=1) + "\n")
+
+
+@app.command
 def bench_analytic(
     *,
     signals: int = 10_000,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pellucid.errors import ConfigError, NumericsError
-from pellucid.models import Sampling, create_model, generate, stream
+from pellucid.models import Sampling, create_model, generate, generation, stream
 from pellucid.models.generation import ENDED
 from pellucid.models.language import KINDS
 from pellucid.steps import Memory
@@ -57,6 +57,42 @@ def test_with_a_memory_as_by_computing_all_again(kind, options):
         assert torch.equal(row, again)
         assert torch.equal(row[: len(prompt)], prompt)
         assert len(row) == len(prompt) + 10
+
+
+@every
+@pytest.mark.parametrize("lengths", [(14,), (9, 2, 14), (5, 5), (4, 8)])
+def test_a_prompt_is_read_in_parts(kind, lengths, monkeypatch):
+    model = small(kind)
+    prompts = [ids(n, seed=n) for n in lengths]
+    whole = generate(model, prompts, 6, seed=1, cache=False)
+    monkeypatch.setattr(generation, "PART", 4)
+    sizes, resume = [], model.resume
+    monkeypatch.setattr(model, "resume", lambda ids, *rest: sizes.append(ids.shape[1]) or resume(ids, *rest))
+    for row, expected in zip(generate(model, prompts, 6, seed=1), whole, strict=True):
+        assert torch.equal(row, expected)
+    assert sizes[:-5] == [4] * (max(lengths) // 4) + [max(lengths) % 4] * (max(lengths) % 4 > 0)
+    assert sizes[-5:] == [1] * 5
+
+
+@every
+def test_the_memory_is_as_large_as_the_text_will_be(kind, monkeypatch):
+    made = []
+    monkeypatch.setattr(generation, "Memory", lambda *a, **o: made.append(Memory(*a, **o)) or made[-1])
+    generate(small(kind), [ids(5), ids(2)], 6)
+    (memory,) = made
+    full = Memory(2)
+    with torch.no_grad():
+        small(kind).resume(ids(2, 10), full)
+    assert memory.nbytes() == full.nbytes()
+
+
+def test_what_is_given_may_be_changed():
+    """The network runs in inference mode; its tokens come out of it."""
+    model = small("crate_gpt")
+    new = next(stream(model, ids(3), 2))
+    new += 1
+    assert not new.is_inference()
+    assert not generate(model, ids(3), 2)[0].is_inference()
 
 
 @every

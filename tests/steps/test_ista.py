@@ -185,6 +185,17 @@ def test_few_tokens_take_two_products_and_many_a_fold(monkeypatch):
     assert made == [1]
 
 
+@both
+@torch.no_grad()
+def test_one_token_takes_two_products_even_where_a_fold_could_be_kept(cls):
+    step = solver(cls, 16, 16).eval()
+    z = normal(1, 3, 16)
+    one = step(z[:, :1])
+    assert step._fold.made is None
+    torch.testing.assert_close(one, step(z)[:, :1], rtol=1e-12, atol=1e-12)
+    assert step._fold.made is not None
+
+
 def optimiser_step(step):
     optimiser = torch.optim.SGD(step.parameters(), lr=0.1)
     with torch.enable_grad():

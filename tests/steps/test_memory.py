@@ -89,3 +89,70 @@ def test_what_was_taken_back_was_never_said(kind):
         for i, count in enumerate((10 - back).tolist()):
             full = torch.cat([text[i, :count], new[i]])[None]
             close(moved[i : i + 1], model.forward_features(full)[:, count:])
+
+
+# --- what is held -----------------------------------------------------------------------------------------
+
+LAYER = {"crate_gpt": 24, "gpt2": 2 * 24}  # numbers of a token in a layer
+
+
+@pytest.mark.parametrize("kind", LAYER)
+@pytest.mark.parametrize("counts", [None, torch.tensor([4, 6])])
+@torch.no_grad()
+def test_room_that_is_asked_for_is_all_that_is_taken(kind, counts):
+    model, text, memory = small(kind), ids(2, 17), Memory(2, room=17)
+    for start, stop in ((0, 6), *((i, i + 1) for i in range(6, 17))):
+        model.resume(text[:, start:stop], memory, counts if start == 0 else None)
+        assert memory.numel() == 2 * 2 * LAYER[kind] * 17
+        assert memory.nbytes() == 8 * memory.numel()
+
+
+@pytest.mark.parametrize("kind", LAYER)
+@torch.no_grad()
+def test_a_full_cache_doubles(kind):
+    model, text, memory, rooms = small(kind), ids(1, 24), Memory(1, room=3), []
+    for start, stop in ((0, 2), (2, 4), (4, 6), (6, 7), (7, 24)):
+        model.resume(text[:, start:stop], memory)
+        rooms.append(memory.nbytes() / (8 * 2 * LAYER[kind]))
+    assert rooms == [3, 6, 6, 12, 24]
+
+
+@every
+@torch.no_grad()
+def test_nothing_is_held_beside_what_is_kept(kind):
+    """A view of a projection would hold all of it: of GPT-2 the queries too, of sums those of every token."""
+    model, text, memory = small(kind), ids(1, 13), Memory(1)
+    for part in (text[:, :9], text[:, 9:12], text[:, 12:]):
+        model.resume(part, memory)
+        assert memory.nbytes() == 8 * memory.numel()
+
+
+@pytest.mark.parametrize("kind", LAYER)
+@torch.no_grad()
+def test_room_is_not_read_before_it_is_written(kind, monkeypatch):
+    """Whatever stands in fresh memory: here it is NaN."""
+    model, text = small(kind), ids(2, 12)
+    inner = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **o: inner(*a, **o).fill_(torch.nan))
+    for room in (0, 12):
+        memory = Memory(2, room=room)
+        model.resume(text[:, :4], memory, torch.tensor([4, 1]))
+        moved = model.resume(text[:, 4:7], memory, torch.tensor([1, 3]))
+        moved = model.resume(text[:, 7:8], memory)
+        for i, seen in enumerate(([0, 1, 2, 3, 4, 7], [0, 4, 5, 6, 7])):
+            close(moved[i : i + 1, 0], model.forward_features(text[i : i + 1, seen])[:, -1])
+
+
+def test_a_mask_is_made_once_for_all_layers():
+    memory = Memory(2)
+    memory.expect(3)
+    assert memory.visible is memory.visible
+    assert memory.visible.tolist() == [[[[1, 0, 0], [1, 1, 0], [1, 1, 1]]]]  # of even rows one for all
+    memory.arrive()
+    memory.expect(2, torch.tensor([1, 2]))
+    assert memory.visible.tolist() == [[[[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]]]
+    memory.arrive()
+    memory.expect(1)
+    assert memory.visible.tolist() == [[[[1, 1, 1, 1, 1, 0]]], [[[1, 1, 1, 1, 1, 1]]]]
+    memory.arrive()
+    assert memory._visible is None  # as large as the arriving tokens times all: nobody asks for it again

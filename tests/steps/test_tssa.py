@@ -202,11 +202,13 @@ def test_layer_scale_is_a_step_size_for_each_coordinate():
     step = UntiedTSSA(8, 2, layer_scale=0.25).double()
     plain = UntiedTSSA(8, 2).double()
     plain.load_state_dict({k: v for k, v in step.state_dict().items() if k != "layer_scale"})
-    z = normal(2, 5, 8)
-    torch.testing.assert_close(step(z) - z, 0.25 * (plain(z) - z))
+    few, many = normal(1, 3, 8), normal(2, 5, 8)  # tokens, beside 8 rows of a matrix
+    for z in (few, many):
+        torch.testing.assert_close(step(z) - z, 0.25 * (plain(z) - z))
     with torch.no_grad():
         step.layer_scale.copy_(torch.arange(8))
-    torch.testing.assert_close(step(z) - z, torch.arange(8) * (plain(z) - z))
+    for z in (few, many):
+        torch.testing.assert_close(step(z) - z, torch.arange(8) * (plain(z) - z))
 
 
 # --- cost -------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from pellucid.data.trees import (
     Tree,
     deeper,
     find_layout,
-    holds_below,
+    holds,
     links,
     split_word,
     visible,
@@ -79,10 +79,10 @@ def is_text(name: str) -> bool:
 
 def holds_text(path: str) -> bool:
     """Whether a folder holds texts, or lines of JSON, at any depth; or whether a file is one by its name."""
+    named = lambda name: _is_lines(name) or (is_text(name) and os.path.splitext(name)[1] != "")
     if not os.path.isdir(path):
-        return _is_lines(path) or (is_text(path) and os.path.splitext(path)[1] != "")
-    wanted = lambda name: _is_lines(name) or (is_text(name) and os.path.splitext(name)[1] != "")
-    return any(map(wanted, os.listdir(path))) or holds_below(path, wanted)
+        return os.path.lexists(path) and named(os.path.basename(path))
+    return holds(path, named)
 
 
 def _is_lines(name: str) -> bool:

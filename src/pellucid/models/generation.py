@@ -23,6 +23,12 @@ Prompts = Tensor | Sequence[Tensor] | Sequence[Sequence[int]]
 ENDED = -1
 """What :func:`stream` gives for a row that has ended."""
 
+PART = 512
+"""So many tokens of a prompt go through the network at once.
+
+What a layer needs on its way is as large as they are: of a long prompt, more than the sums that ToST keeps.
+"""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -148,22 +154,22 @@ def _stream(
     rows = [row.to(device) for row in rows]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     lengths = torch.tensor([len(row) for row in rows], device=device)
-    even = len({len(row) for row in rows}) == 1
     used = torch.zeros(len(rows), model.vocab_size, dtype=torch.bool, device=device)
     ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
     draws = [torch.Generator().manual_seed(sampling.seed + i) for i in range(len(rows))]
     each = torch.arange(len(rows), device=device)
-    memory, new = Memory(len(rows), device), ids
+    memory, new = Memory(len(rows), device, room=ids.shape[1] + count - 1), ids
+    penalised = sampling.repetition_penalty != 1
     for written in range(count):
-        with torch.no_grad():
+        with torch.inference_mode():
             if cache and written:
                 tokens = model.resume(new[:, None], memory)[:, 0]
             elif cache:
-                tokens = model.resume(ids, memory, None if even else lengths)[each, lengths - 1]
+                tokens = _read(model, ids, lengths, memory)
             else:
                 real = torch.arange(ids.shape[1], device=device) < lengths[:, None]
                 tokens = model.forward_features(ids, real)[each, lengths - 1]
-            if not written:  # the model has refused numbers that are no words
+            if penalised and not written:  # the model has refused numbers that are no words
                 for row, words in zip(used, rows, strict=True):
                     row[words] = True
             scores = model.forward_head(tokens)
@@ -175,10 +181,24 @@ def _stream(
             ended = ended | (new == stop)
             if bool(ended.all()):
                 return
-        used[each, new] = True
+        if penalised:
+            used[each, new] = True
         if not cache:
             ids = torch.nn.functional.pad(ids, (0, 1)).index_put((each, lengths), new)
         lengths = lengths + 1
+
+
+def _read(model: LanguageModel, ids: Tensor, lengths: Tensor, memory: Memory) -> Float[Tensor, "b d"]:
+    """The prompts into the memory, a part at a time; the normalised last token of each."""
+    even = bool((lengths == ids.shape[1]).all())
+    each = torch.arange(len(ids), device=ids.device)
+    found = torch.empty(0, device=ids.device)
+    for start in range(0, ids.shape[1], PART):
+        part, left = ids[:, start : start + PART], lengths - start
+        tokens = model.resume(part, memory, None if even else left.clamp(0, part.shape[1]))
+        last = tokens[each, (left - 1).clamp(0, part.shape[1] - 1)]
+        found = last if start == 0 else torch.where(left[:, None] > 0, last, found)
+    return found
 
 
 def _draw(chances: Float[Tensor, "b v"], draws: list[torch.Generator]) -> Int[Tensor, " b"]:

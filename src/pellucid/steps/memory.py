@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,21 +17,31 @@ class Memory:
     (``step.resume``), and keeps what it gives back. Rows may have different lengths: a token stands behind
     the last real one of its own row, so that no row meets another's padding.
 
+    Args:
+        batch: rows.
+        device: where they are.
+        room: tokens to make room for at once, where it is known how many there will be. A cache that is full
+            doubles.
+
     Attributes:
         states: by layer (from 1) and step, whatever the step keeps.
         lengths: real tokens of each row, without those that arrive.
         longest: no row has more.
         even: all rows have as many.
         padded: of the tokens that arrive, some may be padding.
+        places: where those that arrive stand in their rows, from 0, ``(b, n)``.
     """
 
-    def __init__(self, batch: int, device: torch.device | str | None = None) -> None:
+    def __init__(self, batch: int, device: torch.device | str | None = None, room: int = 0) -> None:
         self.states: dict[tuple[int, str], Any] = {}
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.longest = 0
         self.even = True
         self.padded = False
+        self._room = room
         self._arriving, self._real = 0, self.lengths
+        self.places: Int[Tensor, "b n"] = self.lengths[:, None]
+        self._visible: Bool[Tensor, "_ 1 n m"] | None = None
 
     def expect(self, arriving: int, real: Int[Tensor, " b"] | None = None) -> Int[Tensor, "b n"]:
         """Announce so many tokens for every row, of which the first ``real`` count; says where they stand.
@@ -42,11 +53,13 @@ class Memory:
         self._arriving = arriving
         self.padded = real is not None
         self._real = torch.full_like(self.lengths, arriving) if real is None else real
+        self.places = self.lengths[:, None] + torch.arange(arriving, device=self.lengths.device)
+        self._visible = None
         return self.places
 
     def arrive(self) -> None:
         """The tokens that were expected are there."""
-        self.lengths = self.lengths + self._real
+        self.lengths, self._visible = self.lengths + self._real, None
         self.even = self.even and not self.padded
         # The longest row may be one to which less came.
         self.longest = int(self.lengths.max()) if self.padded else self.longest + self._arriving
@@ -63,9 +76,9 @@ class Memory:
         self.even = self.even and bool((last == last[0]).all())
 
     @property
-    def places(self) -> Int[Tensor, "b n"]:
-        """Where the arriving tokens stand in their rows, from 0."""
-        return self.lengths[:, None] + torch.arange(self._arriving, device=self.lengths.device)
+    def reached(self) -> int:
+        """With those that arrive, no row has more."""
+        return self.longest + self._arriving
 
     @property
     def last(self) -> Int[Tensor, " b"]:
@@ -77,38 +90,46 @@ class Memory:
     ) -> tuple[Float[Tensor, "b K _ p"], Float[Tensor, "b K m p"]]:
         """A cache with the arriving tokens in their places, and the part of it that is in use.
 
-        Room grows by doubling. What stood in for a missing token is overwritten by the next one.
+        What stands in for a missing token is overwritten by the next one of its row.
         """
-        needed = self.longest + self._arriving
-        if kept is None:
-            return arriving, arriving
-        if kept.shape[-2] < needed:
-            room = kept.new_zeros(*kept.shape[:-2], max(needed, 2 * kept.shape[-2]), kept.shape[-1])
-            room[..., : kept.shape[-2], :] = kept
+        have = 0 if kept is None else kept.shape[-2]
+        if kept is None or have < self.reached:
+            places = max(self.reached, self._room, 2 * have)
+            room = arriving.new_empty(*arriving.shape[:-2], places, arriving.shape[-1])
+            if kept is not None:
+                room[..., :have, :] = kept
             kept = room
+        fresh = kept[..., self.longest : self.reached, :]
         if self.even:
-            kept[..., self.longest : needed, :] = arriving
+            fresh.copy_(arriving)
         else:
+            fresh.zero_()  # some of it belongs to no token, and what is masked must still be a number
             kept.scatter_(-2, self.places[:, None, :, None].expand(arriving.shape), arriving)
-        return kept, kept[..., :needed, :]
+        return kept, kept[..., : self.reached, :]
 
     @property
-    def visible(self) -> Bool[Tensor, "b 1 n m"] | None:
+    def visible(self) -> Bool[Tensor, "_ 1 n m"] | None:
         """Which of the kept tokens each arriving one sees; None where it is all of them."""
         if self.even and self._arriving == 1:
             return None
-        kept = torch.arange(self.longest + self._arriving, device=self.lengths.device)
-        return (kept <= self.places.unsqueeze(-1)).unsqueeze(1)
+        if self._visible is None:  # made once for all layers
+            places = self.places[:1] if self.even else self.places
+            kept = torch.arange(self.reached, device=places.device)
+            self._visible = (kept <= places.unsqueeze(-1)).unsqueeze(1)
+        return self._visible
 
     def numel(self) -> int:
         """Numbers kept of all tokens so far, room for more included."""
-        return sum(_numel(state) for state in self.states.values())
+        return sum(part.numel() for part in self._parts())
 
+    def nbytes(self) -> int:
+        """Bytes that are held for them: whole storages, however little of one is in use."""
+        storages = {part.untyped_storage().data_ptr(): part.untyped_storage() for part in self._parts()}
+        return sum(storage.nbytes() for storage in storages.values())
 
-def _numel(state: Any) -> int:
-    if isinstance(state, Tensor):
-        return state.numel()
-    return sum(_numel(part) for part in state)
+    def _parts(self) -> Iterator[Tensor]:
+        for state in self.states.values():
+            yield from (state,) if isinstance(state, Tensor) else state
 
 
 def _taken(state: Any, rows: Tensor) -> Any:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -175,9 +175,11 @@ class UntiedTSSA(TSSA):
         output, scale = self.output, self.layer_scale
         if scale is None:
             return output(moved)
+        if not torch.compiler.is_compiling() and moved.numel() < output.weight.numel():
+            return scale * output(moved)  # fewer tokens than rows of the matrix
         bias: Tensor | None = output.bias
         bias = None if bias is None else scale * bias
-        return F.linear(moved, scale[:, None] * output.weight, bias)  # few rows, many tokens
+        return F.linear(moved, scale[:, None] * output.weight, bias)
 
     def max_step_size(self, num_tokens: int | None = None) -> float | None:
         """None: nothing ties the output to the subspaces."""
@@ -252,12 +254,12 @@ class CausalTSSA(TSSA):
 
     def resume(self, z: Float[Tensor, "b n d"], state: Any, memory: Memory) -> tuple[Tensor, Any]:
         """As every causal step's; three running sums are kept, ``2 K p + K`` numbers whatever the length."""
-        if state is None and memory.even:
-            moved, sums = self._continue(self.project(z), None, None)
+        moved, sums = self._continue(self.project(z), state, memory)
+        if memory.padded or z.shape[1] > 1:
+            row = torch.arange(len(z), device=z.device)
+            kept = tuple(part[row, :, memory.last] for part in sums)
         else:
-            moved, sums = self._continue(self.project(z), state, memory.places)
-        row = torch.arange(len(z), device=z.device)
-        kept = tuple(part[row, :, memory.last] for part in sums)
+            kept = tuple(part.squeeze(2) for part in sums)
         if memory.padded:  # rows to which nothing came keep what they had, or nothing
             waits = memory.last < 0
             before = state or [torch.zeros_like(part) for part in kept]
@@ -270,7 +272,7 @@ class CausalTSSA(TSSA):
         return None
 
     def _continue(
-        self, w: Tensor, state: tuple[Tensor, Tensor, Tensor] | None, places: Tensor | None
+        self, w: Tensor, state: tuple[Tensor, Tensor, Tensor] | None, memory: Memory | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """Where to move the tokens that follow those in ``state``, and the running sums after each.
 
@@ -278,36 +280,36 @@ class CausalTSSA(TSSA):
         """
         with full_precision(w):  # a running sum of many
             v = _at_least_float32(w)
-            before = (0.0, 0.0, 0.0) if state is None else tuple(part.unsqueeze(2) for part in state)
+            before = (None, None, None) if state is None else state
             squares = v.square()
-            energy = squares.cumsum(-2) + before[0]
-            membership = self._memberships(squares, energy, places)
-            weighted = (membership.unsqueeze(-1) * squares).cumsum(-2) + before[1]
-            size = membership.cumsum(-1) + before[2]
+            energy = _running_sum(squares, before[0])
+            membership = self._memberships(squares, energy, memory)
+            weighted = _running_sum(membership.unsqueeze(-1) * squares, before[1])
+            size = _running_sum(membership, before[2])
             moments = weighted / size.clamp_min(1e-8).unsqueeze(-1)
             slope = self.scale / (1 + self.scale * moments)
             moved = -(v * membership.unsqueeze(-1) * slope)
         return moved.to(w.dtype).transpose(-3, -2).flatten(-2), (energy, weighted, size)
 
-    def _memberships(self, squares: Tensor, energy: Tensor, places: Int[Tensor, "b n"] | None) -> Tensor:
+    def _memberships(self, squares: Tensor, energy: Tensor, memory: Memory | None) -> Tensor:
         shares = (squares / energy.clamp_min(SMALLEST_PREFIX_ENERGY)).sum(-1)
         if self.offset is not None:
-            shares = shares + self.head_dim * self._offset_at(shares.shape[-1], places)
+            shares = shares + self.head_dim * self._offset_at(shares.shape[-1], memory)
         return (shares * self.temperature[:, None]).softmax(-2)
 
-    def _offset_at(self, n: int, places: Tensor | None) -> Tensor:
-        """Of the first n places, or of those given, ``(b, K, n)``."""
+    def _offset_at(self, n: int, memory: Memory | None) -> Tensor:
+        """Of the first n places, or of those where n tokens arrive, ``(b, K, n)``."""
         assert self.offset is not None
         limit = self.offset.shape[-1]
-        if places is None and n <= limit:
-            return self.offset[:, :n]
-        reached = n if places is None else int(places.max()) + 1
+        reached = n if memory is None else memory.reached
         if reached > limit:
             raise ValueError(
                 f"{reached} tokens for a step with an offset for each of {limit} places - give fewer, or "
                 f"build it with block_size=None"
             )
-        return self.offset[:, places].transpose(0, 1)
+        if memory is None or memory.even:
+            return self.offset[:, reached - n : reached]
+        return self.offset[:, memory.places].transpose(0, 1)
 
 
 class UntiedCausalTSSA(CausalTSSA, UntiedTSSA):
@@ -343,6 +345,12 @@ class UntiedCausalTSSA(CausalTSSA, UntiedTSSA):
             layer_scale=layer_scale,
             output_bias=output_bias,
         )
+
+
+def _running_sum(part: Tensor, before: Tensor | None) -> Tensor:
+    """Over the tokens, dimension 2, on top of the sum of those before."""
+    sums = part if part.shape[2] == 1 else part.cumsum(2)
+    return sums if before is None else sums + before.unsqueeze(2)
 
 
 def _at_least_float32(w: Tensor) -> Tensor:
