@@ -14,7 +14,7 @@ from pellucid.data import ByteTokenizer, TextData, TextSet, load_data
 from pellucid.errors import ConfigError
 from pellucid.glass import language
 from pellucid.glass.feed import batches, text_windows
-from pellucid.glass.language import collect_text, text_facts, text_label
+from pellucid.glass.language import collect_text, score_held_out, text_facts, text_label
 from pellucid.glass.report import render
 from pellucid.glass.spelling import pieces, spelt
 from pellucid.measure import audit
@@ -115,6 +115,8 @@ def test_scores_are_those_of_the_documents(both):
         assert (found["words"], found["documents"], found["bytes"]) == (words, 5, size)
         assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
         assert found["bits_interval"][0] < found["bits_per_byte"] < found["bits_interval"][1]
+    again = score_held_out(runs[0].model, text_windows(runs[0].model, texts))
+    assert again.to_dict() == bundle["models"][0]["text"]["scores"]
     mine, theirs = (model["text"]["scores"]["bits_per_byte"] for model in bundle["models"])
     against = bundle["models"][1]["text"]["against"]
     assert against["more"] == pytest.approx(theirs - mine, rel=1e-5)

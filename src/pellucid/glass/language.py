@@ -81,7 +81,7 @@ def collect_text(
     scored: list[TextScores | None] = []
     for run, windows in [(run, windows_of(run, texts)) for run in runs]:
         progress(f"scoring {run.config.model}")
-        scored.append(_scores(run.model, windows))
+        scored.append(None if run.model.classifier is not None else score_held_out(run.model, windows))
         models.append(_model(run, windows, texts, scored[-1], progress))
         models[-1]["text"]["against"] = _against(scored[-1], scored[0]) if len(scored) > 1 else None
     return {
@@ -116,6 +116,25 @@ def windows_of(run: Run, texts: TextData) -> Windows:
             f"runs on the same data"
         )
     return windows
+
+
+def score_held_out(
+    model: LanguageModel, windows: Windows, progress: Callable[[int], None] | None = None
+) -> TextScores:
+    """How well the model tells the words of all windows, with intervals over their documents.
+
+    Raises:
+        ConfigError: a model that classifies.
+        NumericsError: scores that are not finite.
+    """
+    return score_text(
+        model,
+        _batches(windows),
+        text_bytes=windows.text_bytes or None,
+        word_bytes=_word_bytes(windows.tokenizer, model.vocab_size),
+        documents=torch.from_numpy(windows.document),
+        progress=progress,
+    )
 
 
 def audit_text(model: LanguageModel, windows: Windows, name: str) -> dict[str, Any]:
@@ -195,18 +214,6 @@ def _model(
             "written": _written(model, texts),
         },
     }
-
-
-def _scores(model: LanguageModel, windows: Windows) -> TextScores | None:
-    if model.classifier is not None:
-        return None
-    return score_text(
-        model,
-        _batches(windows),
-        text_bytes=windows.text_bytes or None,
-        word_bytes=_word_bytes(windows.tokenizer, model.vocab_size),
-        documents=torch.from_numpy(windows.document),
-    )
 
 
 def _against(scores: TextScores | None, subject: TextScores | None) -> dict[str, Any] | None:
