@@ -969,6 +969,7 @@ def bench_generation(
     prompt: int = 256,
     new_tokens: int = 16,
     batch_size: int = 1,
+    depth: int | None = None,
     rounds: int = 3,
     threads: int | None = None,
     budget: float = 60.0,
@@ -991,6 +992,8 @@ def bench_generation(
         Words to write behind them.
     batch_size
         Texts at once.
+    depth
+        Layers of every model; as named when left out.
     rounds
         Repetitions, in turns; medians over them are shown.
     threads
@@ -1008,8 +1011,8 @@ def bench_generation(
     given = {"models": models, "lengths": lengths}
     chosen: Any = {key: tuple(value) for key, value in given.items() if value}
     result = measure(
-        **chosen, beside=beside, prompt=prompt, new_tokens=new_tokens, batch_size=batch_size, rounds=rounds,
-        threads=threads, budget=budget, limit_gib=limit_gib, progress=_tell,
+        **chosen, beside=beside, prompt=prompt, new_tokens=new_tokens, batch_size=batch_size, depth=depth,
+        rounds=rounds, threads=threads, budget=budget, limit_gib=limit_gib, progress=_tell,
     )  # fmt: skip
     say(result.table())
     if out is not None:
