@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 import pytest
 
 from pellucid.glass.report import render
-from pellucid.glass.sections.passage import LEVELS, Word, level_of, passage
+from pellucid.glass.sections.passage import LEVELS, Word, level_of, one_line, passage, quoted, visible
 
 MakeBundle = Callable[..., dict]
 HOSTILE = '<evil onload="x()">&\'"</title></style></script></svg><script>evil()</script>'
@@ -245,6 +245,12 @@ def test_neighbours_of_which_the_same_is_said_are_one_stretch() -> None:
     assert passage(words, "q") == (
         '<p class="passage"><span class="q2">ab</span>c&lt;d&gt;<span class="q3" title="said">e↵\n</span></p>'
     )
+
+
+def test_line_ends_are_signs() -> None:
+    assert visible("a\r\nb\n↵c\rd") == "a↵\nb↵\n↵c↵\nd"
+    assert visible(one_line("a\nb")) == one_line("a\nb") == "a↵b"
+    assert quoted(" \n") == "‘ ↵’"
 
 
 def test_levels() -> None:

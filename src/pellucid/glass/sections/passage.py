@@ -43,12 +43,16 @@ def passage(words: Sequence[Word], kind: str, class_: str = "") -> Html:
 
 def visible(text: str) -> str:
     """Line ends with a sign of their own, so that they can be coloured and pointed at."""
-    return one_line(text).replace("↵", "↵\n")
+    return _signed(text, "↵\n")
 
 
 def one_line(text: str) -> str:
     """The signs of line ends alone."""
-    return text.replace("\r\n", "\n").replace("\r", "\n").replace("\n", "↵").replace("\t", "⇥")
+    return _signed(text, "↵")
+
+
+def _signed(text: str, end: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n").replace("\n", end).replace("\t", "⇥\t")
 
 
 def quoted(text: str) -> str:
