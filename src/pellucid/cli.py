@@ -594,30 +594,43 @@ def export(
     model: str,
     *,
     out: Annotated[Path, Parameter(("-o", "--out"))],
+    format: Literal["onnx", "pt2", "transformers"] | None = None,
     output: Literal["logits", "features", "tokens"] | None = None,
     pretrained: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Write a model as ONNX or as a torch.export program, and check that it gives the same outputs.
+    """Write a model as ONNX, as a torch.export program or for transformers, checked to give the same outputs.
 
     Parameters
     ----------
     model
         A run's folder, a model/ folder, or the name of a model (timm's too).
     out
-        The file, FILE.onnx or FILE.pt2; size, mean, std and class names go in it and in FILE.onnx.json.
+        The file, FILE.onnx or FILE.pt2; size, mean, std and class names go in it and in FILE.onnx.json. With
+        --format transformers a folder.
+    format
+        transformers takes a language model and writes all that AutoModelForCausalLM or its like needs, code
+        and tokenizer too; of a file the name's end tells.
     output
         What the file gives: logits, features (pooled) or tokens (of the patches); logits when left out, or
         features of a model without classes.
     pretrained
         With a timm name: its published weights.
     overwrite
-        Replace the file.
+        Replace the file, or a folder of this kind.
     """
+    from pellucid.models import LanguageModel
     from pellucid.models.export import export as write
 
+    if format == "transformers":
+        _export_folder(model, _network(model, pretrained), out, output, overwrite)
+        return
+    if format is not None and out.suffix != f".{format}":
+        raise ConfigError(f"--format {format} writes a file that ends in .{format} - {out} does not")
     _refuse_output(out)
     network = _network(model, pretrained)
+    if isinstance(network, LanguageModel):
+        raise ConfigError(f"{model} reads text - give --format transformers, and a folder for --out")
     written = write(network, out, output=output, images=_own_test_images(model, network), overwrite=overwrite)
     about = written.description
     opset = f", opset {about['opset']}" if "opset" in about else ""
@@ -969,6 +982,7 @@ def bench_generation(
     prompt: int = 256,
     new_tokens: int = 16,
     batch_size: int = 1,
+    depth: int | None = None,
     rounds: int = 3,
     threads: int | None = None,
     budget: float = 60.0,
@@ -991,6 +1005,8 @@ def bench_generation(
         Words to write behind them.
     batch_size
         Texts at once.
+    depth
+        Layers of every model; as named when left out.
     rounds
         Repetitions, in turns; medians over them are shown.
     threads
@@ -1008,8 +1024,8 @@ def bench_generation(
     given = {"models": models, "lengths": lengths}
     chosen: Any = {key: tuple(value) for key, value in given.items() if value}
     result = measure(
-        **chosen, beside=beside, prompt=prompt, new_tokens=new_tokens, batch_size=batch_size, rounds=rounds,
-        threads=threads, budget=budget, limit_gib=limit_gib, progress=_tell,
+        **chosen, beside=beside, prompt=prompt, new_tokens=new_tokens, batch_size=batch_size, depth=depth,
+        rounds=rounds, threads=threads, budget=budget, limit_gib=limit_gib, progress=_tell,
     )  # fmt: skip
     say(result.table())
     if out is not None:
@@ -1330,6 +1346,42 @@ def _save_text_model(model: Any, out: Path) -> int:
 
     weights = {name: value.contiguous().clone() for name, value in model.state_dict().items()}
     return _write_model(describe_text_model(model, weights), weights, out)
+
+
+def _export_folder(name: str, network: Any, out: Path, output: str | None, overwrite: bool) -> None:
+    """A language model as transformers loads it, whole or not at all."""
+    from pellucid.data import read_tokenizer
+    from pellucid.models import LanguageModel
+    from pellucid.models.saved import tokenizer_of
+    from pellucid.training.checkpoint import new_folder
+
+    if not isinstance(network, LanguageModel):
+        raise ConfigError(
+            f"{name} sees images: transformers reads the model/ folder of its run as it is - give FILE.onnx "
+            f"or FILE.pt2, or a language model"
+        )
+    if output is not None:
+        raise ConfigError("--output goes with images - leave it out")
+    try:
+        from pellucid.hf import is_folder, save_folder
+    except ImportError as error:
+        raise ConfigError(str(error)) from error
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        if not is_folder(out):
+            raise ConfigError(f"{out} exists and holds more or other things - take another --out; it is left")
+        if not overwrite:
+            raise ConfigError(f"{out} holds a model already - give --overwrite to replace it")
+    file = tokenizer_of(name)
+    with new_folder(out) as scratch:
+        files = save_folder(network, scratch, None if file is None else read_tokenizer(file))
+    size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
+    kind = json.loads((out / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    auto = f"AutoModel{kind.removeprefix('Crate').removeprefix('Tost')}"
+    say(f"{out}: {kind}, {size:.1f} MB in {len(files)} files{', with its tokenizer' if file else ''}")
+    say("checked with the code that lies there: the same scores to the last bit")
+    say(f"to read it: transformers.{auto}.from_pretrained({str(out)!r}, trust_remote_code=True)")
+    if file is None:
+        say("it has no tokenizer: texts must come as the numbers of words")
 
 
 def _write_model(config: dict[str, Any], weights: dict[str, Any], out: Path) -> int:

@@ -24,7 +24,7 @@ SIZES = {"embed_dim": 24, "depth": 2, "num_heads": 3, "vocab_size": 31}
 def tiny():
     """The same kinds of models, of two layers of 24."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "create_model", lambda name, **o: create_model(name, **{**o, **SIZES}))
+        patch.setattr(module, "create_model", lambda name, **o: create_model(name, **{**SIZES, **o}))
         yield
 
 
@@ -220,6 +220,7 @@ def test_kept_of_a_step_that_is_not_known_is_not_guessed():
         ({"lengths": (0, 4)}, "must be 1 or larger"),
         ({"models": ()}, "must be 1 or larger"),
         ({"prompt": 0}, "must be 1 or larger"),
+        ({"depth": 0}, "must be 1 or larger"),
         ({"budget": 0.0}, "above 0"),
         ({"threads": 0}, "threads 0"),
         ({"models": ("crate_bert_bytes",)}, "'crate_bert_bytes' is no causal language model"),
@@ -235,14 +236,16 @@ def test_wrong_options_are_refused(options, message):
 
 def test_from_the_command_line(tmp_path, capsys):
     argv = ["bench-generation", "--models", "tost_gpt_bytes", "--lengths", "4", "6", "--prompt", "4"]
-    argv += ["--new-tokens", "2", "--rounds", "1", "--batch-size", "2", "--threads", "1", "--budget", "600"]
+    argv += ["--new-tokens", "2", "--batch-size", "2", "--depth", "1"]
+    argv += ["--rounds", "1", "--threads", "1", "--budget", "600"]
     before = torch.get_num_threads()
     assert main([*argv, "-o", str(tmp_path / "g.json")]) == 0
     assert torch.get_num_threads() == before
     read = json.loads((tmp_path / "g.json").read_text())
     assert [row["tokens"] for row in read["lengths"]] == [4, 4, 6, 6]
     assert read["machine"]["threads"] == 1
-    assert read["options"]["batch_size"] == 2
+    assert (read["options"]["batch_size"], read["options"]["depth"]) == (2, 1)
+    assert read["lengths"][0]["held_bytes"] == 3 * (2 * 8 + 1) * 4  # of one layer
     shown = capsys.readouterr()
     assert "x gpt2_bytes (min-max)" in shown.out
     assert "6 tokens: tost_gpt_bytes reads" in shown.err

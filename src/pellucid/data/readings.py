@@ -60,8 +60,11 @@ class Reading:
 
     @cached_property
     def distinct(self) -> tuple[Integers, Integers]:
-        """Where each distinct text appears first, in order, and (n,) which of these each text equals."""
-        _, first, same = np.unique(self.digest, axis=0, return_index=True, return_inverse=True)
+        """Where each distinct text appears first, in order, and (n,) which of these each text equals.
+
+        Half of a digest is compared: should two texts ever share it, they are only kept on one side.
+        """
+        _, first, same = np.unique(self.digest.view(np.uint64)[:, 0], return_index=True, return_inverse=True)
         ranked = np.argsort(first, kind="stable")
         rank = np.empty_like(ranked)
         rank[ranked] = np.arange(len(ranked))

@@ -59,7 +59,8 @@ class Generation:
 
     Attributes:
         machine: processor, threads, versions.
-        options: prompt, new tokens, rows of a batch, rounds, budget in seconds, limit of memory in GiB.
+        options: the model beside, prompt, new tokens, rows of a batch, depth, rounds, budget in seconds,
+            limit of memory in GiB.
         writing: one dict for each model: ``model``, ``parameters``, ``difference`` (of scores from those of
             a full forward pass, as a share of the largest), ``ms`` and ``tokens_per_second`` with the
             memory, all rows of a batch counted, ``again_ms`` without, ``gain`` how many times faster the
@@ -134,6 +135,7 @@ def bench_generation(
     prompt: int = 256,
     new_tokens: int = 16,
     batch_size: int = 1,
+    depth: int | None = None,
     rounds: int = 3,
     threads: int | None = None,
     budget: float = 60.0,
@@ -149,6 +151,8 @@ def bench_generation(
         beside: the model that all are compared with; the GPT-2 of the first one's size unless given.
         prompt, new_tokens: words to read, and to write behind them, where writing is timed.
         batch_size: texts at once.
+        depth: layers of every model, as named unless given: what is kept, and attention's time, are in
+            proportion to it, and long texts are read the sooner.
         rounds: how often each is timed.
         threads: of torch; as they are unless given.
         budget: seconds that a model may take to read a text; a longer one is left out, and so are full
@@ -162,18 +166,20 @@ def bench_generation(
         NumericsError: scores by the memory are not those of a full forward pass.
     """
     _check_threads(threads)
-    counts = (prompt, new_tokens, batch_size, rounds, *lengths)
+    counts = (prompt, new_tokens, batch_size, 1 if depth is None else depth, rounds, *lengths)
     if not models or not lengths or min(counts) < 1 or min(budget, limit_gib) <= 0:
-        raise ConfigError("prompt, words, batch, rounds and lengths must be 1 or larger, limits above 0")
+        raise ConfigError(
+            "name models and lengths; all numbers must be 1 or larger, budget and limit above 0"
+        )
     say = progress or (lambda line: None)
     beside = beside or f"gpt2_{models[0].rsplit('_', 1)[-1]}"
     context = max(*lengths, prompt + new_tokens) + 1
     with _threads(threads), torch.random.fork_rng():
         torch.manual_seed(0)
-        writers = {name: _Writer(name, context) for name in dict.fromkeys([*models, beside])}
+        writers = {name: _Writer(name, context, depth) for name in dict.fromkeys([*models, beside])}
         options = {
             "beside": beside, "prompt": prompt, "new_tokens": new_tokens, "batch_size": batch_size,
-            "rounds": rounds, "budget_s": budget, "limit_gib": limit_gib,
+            "depth": depth or "as named", "rounds": rounds, "budget_s": budget, "limit_gib": limit_gib,
         }  # fmt: skip
         result = Generation(machine_facts(), options)
         words = min(writer.model.vocab_size for writer in writers.values())
@@ -193,12 +199,13 @@ class _Writer:
         reading: tokens and seconds of the longest text that it has read.
     """
 
-    def __init__(self, name: str, context: int) -> None:
+    def __init__(self, name: str, context: int, depth: int | None = None) -> None:
         causal = [key for key, found in MODELS.items() if found.sizes.get("causal", True)]
         if name not in causal:
             near = suggest(name, causal, DEFAULT_MODELS)
             raise ConfigError(f"'{name}' is no causal language model{near}")
-        model: Any = create_model(name, context=context)
+        sizes: dict[str, Any] = {} if depth is None else {"depth": depth}
+        model: Any = create_model(name, context=context, **sizes)
         for key, parameter in model.named_parameters():
             if key.endswith("layer_scale"):  # as small as it begins it would hide a memory that is wrong
                 torch.nn.init.ones_(parameter)
