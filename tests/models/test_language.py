@@ -310,8 +310,6 @@ def test_commands_on_images_refuse_them(tmp_path, capsys):
     for argv in (
         ["train", "digits", "--model", "crate_gpt_bytes", "--out", tmp_path / "out"],
         ["compare", "digits", "--models", "crate_digits", "crate_gpt_bytes", "--out", tmp_path / "both"],
-        ["audit", tmp_path / "run" / "model", "digits"],
-        ["evaluate", tmp_path / "run" / "model", "digits"],
         ["predict", tmp_path / "run" / "model", picture],
         ["export", tmp_path / "run" / "model", "--out", tmp_path / "x.onnx"],
         ["export", "crate_gpt_bytes", "--out", tmp_path / "x.onnx"],
@@ -319,6 +317,10 @@ def test_commands_on_images_refuse_them(tmp_path, capsys):
         code, _, err = run(capsys, *argv)
         assert code == 2, argv
         assert err.startswith("error: crate_gpt_bytes reads text, not images"), (argv, err)
+    for command in ("audit", "evaluate"):  # they look at text too, which takes a tokenizer
+        code, _, err = run(capsys, command, tmp_path / "run" / "model", "digits")
+        assert code == 2
+        assert "has no tokenizer.json, so that its words are only numbers" in err
     code, _, err = run(capsys, "bench", "--models", "crate_gpt_bytes")
     assert code == 2
     assert err.startswith("error: crate_gpt_bytes has no published arithmetic")

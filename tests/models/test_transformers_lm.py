@@ -427,16 +427,52 @@ def test_a_prompt_may_be_read_in_chunks(kind):
 
 @two
 @torch.no_grad()
+def test_writing_gives_back_scores_and_hidden_states(kind):
+    made = without_end(to_transformers(small(kind)))
+    text, mask = padded(rows_of(5, 3), "left")
+    for cache in (True, False):
+        for options in ({"do_sample": False}, {"do_sample": True}, {"num_beams": 2, "do_sample": False}):
+            found = made.generate(
+                text,
+                attention_mask=mask,
+                max_new_tokens=4,
+                use_cache=cache,
+                return_dict_in_generate=True,
+                output_scores=True,
+                output_logits=True,
+                output_hidden_states=True,
+                **options,
+            )
+            rows = 2 * options.get("num_beams", 1)
+            assert [scores.shape for scores in found.scores] == [(rows, 31)] * 4
+            assert [scores.shape for scores in found.logits] == [(rows, 31)] * 4
+            for step, hidden in enumerate(found.hidden_states):
+                width = 1 if cache and step else 5 + step
+                assert [tokens.shape for tokens in hidden] == [(rows, width, 24)] * 3
+            assert isinstance(found.get(CACHE), TextCache if cache else type(None))
+
+
+@torch.no_grad()
+def test_writing_may_begin_with_the_word_that_ends_a_text():
+    model = small("crate_gpt")
+    made = without_end(to_transformers(model))
+    made.generation_config.bos_token_id = 3
+    found = made.generate(max_new_tokens=6, do_sample=False)
+    assert torch.equal(found[0], pellucid.generate(model, [torch.tensor([3])], 6, temperature=0)[0])
+
+
+@two
+@torch.no_grad()
 def test_vectors_in_place_of_words(kind):
     made = without_end(to_transformers(small(kind)))
     text, mask = padded(rows_of(5, 3), "left")
     vectors = made.get_input_embeddings()(text)
     given = {"attention_mask": mask}
     assert torch.equal(made(inputs_embeds=vectors, **given).logits, made(text, **given).logits)
-    expected = made.generate(text, max_new_tokens=5, do_sample=False, **given)[:, 5:]
-    assert torch.equal(
-        made.generate(inputs_embeds=vectors, max_new_tokens=5, do_sample=False, **given), expected
-    )
+    for beams in (1, 2):
+        options = {"max_new_tokens": 5, "do_sample": False, "num_beams": beams, **given}
+        expected = made.generate(text, **options)[:, 5:]
+        assert torch.equal(made.generate(inputs_embeds=vectors, **options), expected)
 
 
 @torch.no_grad()
@@ -446,6 +482,8 @@ def test_another_model_may_propose_words_where_they_can_be_taken_back():
     options = {"max_new_tokens": 10, "do_sample": False}
     expected = made.generate(ids(1, 6), **options)
     assert torch.equal(made.generate(ids(1, 6), assistant_model=helper, **options), expected)
+    sampled = made.generate(ids(1, 6), assistant_model=helper, do_sample=True, max_new_tokens=10)
+    assert sampled.shape == (1, 16)
     assert torch.equal(made.generate(ids(1, 6), assistant_model=made, **options), expected)
     made.generation_config.eos_token_id = 30  # 5.0 asks for one where words are looked up, and writes on
     repeated = ids(1, 4).repeat(1, 2)
@@ -720,8 +758,9 @@ def test_masked_and_causal_are_not_mixed_up():
 
 
 @pytest.mark.parametrize(("given", "message"), [
-    ({"position_ids": torch.arange(5)[None]}, "takes no position_ids: places are counted"),
+    ({"position_ids": torch.arange(5)[None]}, "takes no position_ids - leave it out; places are counted"),
     ({"token_type_ids": torch.zeros(1, 5, dtype=torch.long)}, "takes no token_type_ids"),
+    ({"attention_msk": torch.ones(1, 5)}, "takes no attention_msk"),
     ({"output_attentions": True}, "never formed in a forward pass"),
     ({"cache": DynamicCache()}, "a DynamicCache cannot hold what these steps keep"),
     ({"attention_mask": torch.ones(1, 4)}, r"shape \(1, 4\); expected \(1, 5\)"),

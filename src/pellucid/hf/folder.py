@@ -21,6 +21,7 @@ from transformers.utils import logging
 from pellucid.errors import CheckpointError
 from pellucid.hf.convert import Model, to_transformers
 from pellucid.models.language import LanguageModel
+from pellucid.models.modes import in_eval_mode
 
 SAMPLE = "In the beginning, 1 < 2.\n\tNaïve déjà-vu: «Straße», 天地, 🙂"
 """What both tokenizers must read alike."""
@@ -131,7 +132,8 @@ def _compare_scores(folder: Path, made: Model, model: LanguageModel) -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.vocab_size, (2, min(model.context, 32)), generator=generator)
     ids = ids.to(model.embed.words.weight.device)
-    expected = model.eval()(ids)
+    with in_eval_mode(model):
+        expected = model(ids)
     with _code_of(folder) as module:
         loaded = getattr(module, type(made).__name__).from_pretrained(folder, dtype=made.dtype)
         given: Tensor = loaded.to(ids.device)(ids).logits

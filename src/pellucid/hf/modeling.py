@@ -29,8 +29,8 @@ from pellucid.models.language import LanguageModel
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 """What this version of transformers calls a cache."""
 
-REFUSED = ("position_ids", "token_type_ids", "head_mask", "encoder_hidden_states", "encoder_attention_mask")
-"""What other models take, and would be lost here without a word."""
+PASSED = {"num_items_in_batch", "shift_labels", "ignore_index", "return_dict", "cache_position"}
+"""What is handed on to a loss, or says what is known. Anything else would be lost without a word."""
 
 
 TIED = {"lm_head.weight": "model.network.embed.words.weight"}
@@ -191,11 +191,11 @@ class TextModel(TextPreTrainedModel):
         return cache, use_cache
 
     def _refuse(self, output_attentions: bool | None, kwargs: dict[str, Any]) -> None:
-        for name in REFUSED:
-            if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"{type(self).__name__} takes no {name}: places are counted from the first real token - "
-                    f"leave it out, and say with attention_mask what is padding"
+        for name in kwargs.keys() - PASSED:
+            if kwargs[name] is not None:
+                raise TypeError(
+                    f"{type(self).__name__} takes no {name} - leave it out; places are counted from the "
+                    f"first real token, and attention_mask says what is padding"
                 )
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError(

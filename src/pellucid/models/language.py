@@ -23,8 +23,21 @@ from torch.nn import functional as F
 
 from pellucid.errors import ConfigError
 from pellucid.models.layer import build_layer, check_options
-from pellucid.steps import MLP, CausalTSSA, Layer, Memory, OnStep, OvercompleteISTA, UntiedCausalTSSA, unroll
+from pellucid.steps import (
+    MLP,
+    CausalTSSA,
+    Layer,
+    Memory,
+    OnStep,
+    OvercompleteISTA,
+    UntiedCausalTSSA,
+    UntiedMSSA,
+    unroll,
+)
 from pellucid.steps.blackbox import MHSA
+
+SPOKEN_AT_FIRST = 0.1
+"""Of what untied compressions and decoupled dictionaries add to the tokens."""
 
 
 class TextEmbedding(nn.Module):
@@ -198,13 +211,20 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def _scale_residual_branches(self) -> None:
-        """As GPT-2 begins: what black boxes add to the tokens is scaled down by the root of how many do."""
+        """As GPT-2 begins: what black boxes add to the tokens is scaled down by the root of how many do.
+
+        What a step speaks through a matrix of its own begins at a tenth.
+        """
         steps = [step for layer in self.layers for step in layer.values()]  # type: ignore[operator]
         for step in steps:
             if isinstance(step, MHSA):
                 step.output.weight.mul_(len(steps) ** -0.5)
             elif isinstance(step, MLP):
                 step.fc2.weight.mul_(len(steps) ** -0.5)
+            elif isinstance(step, UntiedMSSA):
+                step.output.weight.mul_(SPOKEN_AT_FIRST)
+            elif isinstance(step, OvercompleteISTA) and step.output is not None:
+                step.output.mul_(SPOKEN_AT_FIRST)
 
     def _check(self, ids: Tensor, reached: int, real: Tensor | None) -> None:
         if reached > self.context:
