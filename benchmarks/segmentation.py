@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,7 @@ from PIL import Image
 from torch import Tensor
 
 from pellucid.data import ImageData, load_data, read_image
+from pellucid.errors import Stopped
 from pellucid.glass.feed import eval_view
 from pellucid.measure.audit import OUTLIER_NORM
 from pellucid.measure.features import prefix_length
@@ -303,7 +305,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/segmentation"))
     asked = parser.parse_args()
     images = load_data(asked.data)
-    found = list(rows(asked, images))
+    try:
+        found = list(rows(asked, images))
+    except Stopped as stopped:
+        print(f"{stopped}\nthe same command goes on from there", file=sys.stderr)
+        raise SystemExit(stopped.exit_code) from None
     print(table(found))
     (asked.out / images.name / "segmentation.json").write_text(json.dumps(found, indent=1) + "\n")
 

@@ -231,7 +231,8 @@ class _Work:
     annotations: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     unread: list[tuple[str, str]] = field(default_factory=list)
     shown: list[Shown] = field(default_factory=list)
-    looks: list[Look] = field(default_factory=list)
+    features: list[Tensor] = field(default_factory=list)
+    grids: list[tuple[int, int]] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     heads: int = 0
 
@@ -277,7 +278,8 @@ class _Work:
             for i, mask in enumerate(kept, start=1):
                 self._mask("heads", f"-{i}", i, enlarged(mask, size))
         if "pca" in options.methods:
-            self.looks.append(seen)
+            self.features.append(seen.features[0])
+            self.grids.append(seen.grid)
         if len(self.shown) < MOST_SHOWN:
             small = reduced(picture)
             self.shown.append(Shown(self.images[-1]["file_name"], size, small, seen.grid, segments))
@@ -287,9 +289,8 @@ class _Work:
 
     def finish(self) -> None:
         """What needs all pictures: the colours, the lists, the sheet."""
-        if self.looks:
-            found = pca_colours([seen.features[0] for seen in self.looks], [seen.grid for seen in self.looks])
-            for number, colours in enumerate(found, start=1):
+        if self.features:
+            for number, colours in enumerate(pca_colours(self.features, self.grids), start=1):
                 self._colours(number, colours)
         categories = {"heads": [f"head {i}" for i in range(1, self.heads + 1)]}
         for method, masks in self.annotations.items():
