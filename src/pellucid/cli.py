@@ -411,6 +411,74 @@ def neighbours(
         say(f"sheet: {out}")
 
 
+@dataclasses.dataclass(kw_only=True)
+class Cutting:
+    """How pictures are cut into things.
+
+    Attributes:
+        methods: heads, maskcut, tokencut, pca; all of them when left out.
+        layer: which one is read, from 1 [default: the last but one of a white box, the last of a ViT].
+        size: shorter side at which the model sees a picture, in pixels; more is finer [default: as trained].
+        threshold: a head's mask holds a share of the patches (count) or of its attention (mass).
+        share: that share.
+        tau: cosine from which on patches are alike [default: 0.15 in maskcut, 0.2 in tokencut].
+        masks: of maskcut, at most.
+    """
+
+    methods: Annotated[
+        list[Literal["heads", "maskcut", "tokencut", "pca"]] | None, Parameter(consume_multiple=True)
+    ] = None
+    layer: int | None = None
+    size: int | None = None
+    threshold: Literal["count", "mass"] = "count"
+    share: float = 0.6
+    tau: float | None = None
+    masks: int = 3
+
+
+@app.command
+def segment(
+    model: str,
+    *images: Path,
+    out: Annotated[Path, Parameter(("-o", "--out"))],
+    pretrained: bool = False,
+    overwrite: bool = False,
+    cutting: Annotated[Cutting, _Flat] | None = None,
+) -> None:
+    """Cut pictures into things, with a model that was never shown a mask.
+
+    Parameters
+    ----------
+    model
+        A run's folder, a model/ folder, or an architecture's name.
+    images
+        Picture files of any size.
+    out
+        A new folder for masks (PNG and COCO JSON), overlays and index.html, which shows all of it.
+    pretrained
+        With a name of timm's: fetch its published weights.
+    overwrite
+        Replace the folder, if segment wrote it and nothing else lies in it.
+    """
+    from pellucid.segmenting import METHODS, Options, refuse_folder
+    from pellucid.segmenting import segment as cut
+
+    asked = cutting or Cutting()
+    given: dict[str, Any] = dict(vars(asked))
+    options = Options(by=given.pop("threshold"), methods=given.pop("methods") or METHODS, **given)
+    refuse_folder(out, overwrite)
+    if not images:
+        raise ConfigError("no images given - name at least one file")
+    network: Any = _network(model, pretrained)
+    with _bar(len(images), "image") as step:
+        done = cut(network.eval(), images, out, options, overwrite=overwrite, progress=step)
+    masks = ", ".join(f"{method} {count}" for method, count in done.masks.items())
+    say(f"{done.images} pictures, masks: {masks}")
+    say(f"the sheet: {done.out / 'index.html'}")
+    if done.unread:
+        _refuse_unread([f"{name}: {reason}" for name, reason in done.unread], len(images))
+
+
 @app.command
 def predict(run: Path, *images: Path, top: int = 3) -> None:
     """What a trained model sees in images.
@@ -446,12 +514,7 @@ def predict(run: Path, *images: Path, top: int = 3) -> None:
         best = chances.argsort(descending=True)[:top].tolist()
         say(f"{show_name(path)}: " + ", ".join(f"{names[i]} {chances[i]:.1%}" for i in best))
     if unread:
-        more = f"\n  and {len(unread) - 3} more" if len(unread) > 3 else ""
-        raise DataError(
-            f"{len(unread)} of {len(images)} images could not be read - get them again, or leave them out\n  "
-            + "\n  ".join(unread[:3])
-            + more
-        )
+        _refuse_unread(unread, len(images))
 
 
 @app.command
@@ -1330,6 +1393,16 @@ def _with(name: str, options: Any, given: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(options, dict | None):
         raise ConfigError(f"{name} is {options!r}; expected options such as 'depth: 6'")
     return {**(options or {}), **given}
+
+
+def _refuse_unread(unread: list[str], images: int) -> None:
+    """At the end, when the others are done: the pictures that could not be read."""
+    more = f"\n  and {len(unread) - 3} more" if len(unread) > 3 else ""
+    raise DataError(
+        f"{len(unread)} of {images} images could not be read - get them again, or leave them out\n  "
+        + "\n  ".join(unread[:3])
+        + more
+    )
 
 
 def _refuse_output(path: Path | None) -> None:
