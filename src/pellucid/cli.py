@@ -18,13 +18,13 @@ from pellucid.errors import CheckpointError, ConfigError, DataError, PellucidErr
 from pellucid.training.config import OPTION_HELP, TrainConfig, read_config
 
 if TYPE_CHECKING:
-    from pellucid.data import ImageData
+    from pellucid.data import ImageData, TextData, Windows
     from pellucid.training import Run
 
 app = App(
     name="pellucid",
     version=f"pellucid {__version__}",
-    help="White-box transformers: train on images, audit every layer, read the report.",
+    help="White-box transformers: train on images or text, audit every layer, read the report.",
     help_format="plaintext",
     default_parameter=Parameter(negative=()),
 )
@@ -181,14 +181,15 @@ def train(
     overwrite: bool = False,
     report: Annotated[bool, Parameter(negative="--no-report")] = True,
 ) -> None:
-    """Train a model on a folder of images and write a report on it.
+    """Train a model on a folder of images, or of text, and write a report on it.
 
     Parameters
     ----------
     data
         A folder with one sub-folder for each class (without labels: any folder of images), a folder with
         train/ and val/ inside, a .npz with x and y, what pack wrote, WebDataset .tar files, hf:OWNER/NAME, or
-        a known name: digits, cifar10, ...
+        a known name: digits, cifar10, ... For --objective causal-lm or masked-lm a folder of text files or a
+        .jsonl.
     model_arg
         Another option of the architecture, as NAME=VALUE; may be given several times.
     objective_arg
@@ -237,13 +238,15 @@ def evaluate(
 ) -> None:
     """Accuracy of a trained model, or of its features, with its confidence interval, class by class.
 
+    Of a language model, how well it tells held-out text, in bits for each byte.
+
     Parameters
     ----------
     run
         A run's folder or a model/ folder.
     data
-        What to evaluate on; the run's own test images when left out. A probe learns from its training images
-        and is scored on its test images.
+        What to evaluate on; the run's own test images or texts when left out. A probe learns from its
+        training images and is scored on its test images.
     probe
         In place of the model's classifier, on its features: knn (weighted nearest neighbours) or linear
         (logistic regression); or finetune, supervised training from its weights.
@@ -265,6 +268,9 @@ def evaluate(
 
     _refuse_output(json_out)
     model: Any = load(run)
+    if _reads_text(model):
+        _evaluate_text(model, run, data, json_out, source or Source())
+        return
     names = _class_names(model)
     images = _evaluation_data(run, data, source or Source())
     labelled = _labels_for(images, names)
@@ -273,6 +279,29 @@ def evaluate(
         scores = score(model, labelled(eval_loader(images.test, view)), names, progress=step)
     say(scores.table())
     say(_accuracy_line(scores, "accuracy"))
+    if json_out is not None:
+        _write(json_out, json.dumps(scores.to_dict(), indent=1) + "\n")
+
+
+def _evaluate_text(model: Any, run: Path, data: str | None, json_out: Path | None, source: Source) -> None:
+    """How well a language model tells held-out words, or which class a text is of."""
+    from pellucid.glass.language import score_held_out
+    from pellucid.measure import evaluate as score
+
+    windows, texts = _text_windows(model, run, data, source)
+    with _bar(len(windows), "row") as step:
+        if model.classifier is None:
+            scores: Any = score_held_out(model, windows, progress=step)
+            say(scores.table())
+        else:
+            if texts.class_names != model.label_names:
+                raise CheckpointError(
+                    f"the model knows {', '.join(model.label_names[:5])}, the data have "
+                    f"{', '.join(texts.class_names[:5]) or 'no classes'} - give texts of the same classes"
+                )
+            scores = score(model, _text_batches(windows), texts.class_names, progress=step)
+            say(scores.table())
+            say(_accuracy_line(scores, "accuracy").replace("images", "texts"))
     if json_out is not None:
         _write(json_out, json.dumps(scores.to_dict(), indent=1) + "\n")
 
@@ -291,6 +320,11 @@ def _evaluate_probe(
 
     _refuse_output(json_out)
     model: Any = load(run)
+    if _reads_text(model):
+        raise ConfigError(
+            f"--probe is about images - to finetune on text: pellucid train TEXTS --objective "
+            f"text-classification --init-from {run} --new-head"
+        )
     name, images = _whole_data(run, data, source)
     if kind == "finetune":
         out = given.pop("run_out", None) or finetuned_folder(run, images)
@@ -518,6 +552,61 @@ def predict(run: Path, *images: Path, top: int = 3) -> None:
 
 
 @app.command
+def generate(
+    run: Path,
+    prompt: str = "",
+    *,
+    max_new_tokens: int = 500,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    samples: int = 1,
+    beyond_end: bool = False,
+) -> None:
+    """Text that a causal language model writes, as it comes.
+
+    Parameters
+    ----------
+    run
+        A run's folder or a model/ folder.
+    prompt
+        What the text begins with; a new text when left out.
+    max_new_tokens
+        Words of the model's vocabulary (bytes, for a model of bytes) to write at most.
+    temperature
+        Scores are divided by it: 0 takes the likeliest word, 1 the model's own chances.
+    top_k
+        Leave only so many of the likeliest words.
+    top_p
+        Leave only the likeliest words that together reach this probability.
+    repetition_penalty
+        Above 1, words that stand in the text already become less likely.
+    seed
+        The same seed writes the same text; of several samples each has the next.
+    samples
+        How many texts to write.
+    beyond_end
+        Go on with a new text where the model ends one.
+    """
+    from pellucid.models import Sampling
+    from pellucid.writing import continuation, open_writer
+
+    if samples < 1:
+        raise ConfigError(f"--samples is {samples}; it must be larger than 0")
+    model, tokenizer = open_writer(run)
+    for sample in range(samples):
+        sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed + sample)
+        if sample:
+            say("\n---")
+        print(_printable(prompt), end="", flush=True)
+        for text in continuation(model, tokenizer, prompt, max_new_tokens, sampling, beyond_end=beyond_end):
+            print(_printable(text), end="", flush=True)
+        say("")
+
+
+@app.command
 def audit(
     model: str,
     data: str | None = None,
@@ -527,31 +616,27 @@ def audit(
     pretrained: bool = False,
     source: Annotated[Source, _Flat] | None = None,
 ) -> None:
-    """Hold every layer to its objective: did its step lower it, and on how many images?
+    """Hold every layer to its objective: did its step lower it, and on how many images or rows of text?
 
     Parameters
     ----------
     model
         A run's folder, a model/ folder, or the name of a model (timm's too).
     data
-        Images to look at; the run's own test images when left out.
+        Images or texts to look at; the run's own held-out ones when left out.
     out
         Write the audit as JSON.
     limit
-        Look at no more than so many images.
+        Look at no more than so many images, or rows of text.
     pretrained
         With a timm name: its published weights.
     """
-    from pellucid.data import eval_loader
-    from pellucid.glass.feed import eval_view
     from pellucid.measure import audit as hold
 
     _refuse_output(out)
-    images = _evaluation_data(Path(model), data, source or Source(), labels="optional")
-    network = _network(model, pretrained)
-    batches = eval_loader(images.test, eval_view(network), batch_size=32, limit=limit)
-    with _bar(min(limit, len(images.test)), "image") as step:
-        result = hold(network, batches, data=images.name, progress=step)
+    network, batches, count, name = _audited(model, pretrained, data, limit, source or Source())
+    with _bar(count, "image") as step:
+        result = hold(network, batches, data=name, progress=step)
     say(result.table())
     say("")
     say(result.verdict["text"])
@@ -559,6 +644,24 @@ def audit(
         say(f"  {line}")
     if out is not None:
         _write(out, json.dumps(result.to_dict(), indent=1) + "\n")
+
+
+def _audited(
+    model: str, pretrained: bool, data: str | None, limit: int, source: Source
+) -> tuple[Any, Any, int, str]:
+    """A network, batches to look at, how many they hold, and what they are called."""
+    from pellucid.data import eval_loader
+    from pellucid.glass.feed import eval_view
+
+    if Path(model).exists():
+        network = _network(model, pretrained)
+        if _reads_text(network):
+            windows, texts = _text_windows(network, Path(model), data, source)
+            return network, _text_batches(windows, 8, limit), min(limit, len(windows)), texts.name
+    images = _evaluation_data(Path(model), data, source, labels="optional")
+    network = _network(model, pretrained)
+    batches = eval_loader(images.test, eval_view(network), batch_size=32, limit=limit)
+    return network, batches, min(limit, len(images.test)), images.name
 
 
 @app.command
@@ -584,9 +687,8 @@ def report(
     _refuse_output(out)
     subject = open_run(run)
     others = [open_run(path) for path in (beside if beside is not None else sorted(run.glob("beside-*")))]
-    images = _data_of(subject)
     command = shlex.join(["pellucid", "report", str(run)])
-    say(f"report: {_report([subject, *others], images, out or run / 'report.html', command)}")
+    say(f"report: {_report([subject, *others], _data_of(subject), out or run / 'report.html', command)}")
 
 
 @app.command
@@ -657,30 +759,43 @@ def export(
     model: str,
     *,
     out: Annotated[Path, Parameter(("-o", "--out"))],
+    format: Literal["onnx", "pt2", "transformers"] | None = None,
     output: Literal["logits", "features", "tokens"] | None = None,
     pretrained: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Write a model as ONNX or as a torch.export program, and check that it gives the same outputs.
+    """Write a model as ONNX, as a torch.export program or for transformers, checked to give the same outputs.
 
     Parameters
     ----------
     model
         A run's folder, a model/ folder, or the name of a model (timm's too).
     out
-        The file, FILE.onnx or FILE.pt2; size, mean, std and class names go in it and in FILE.onnx.json.
+        The file, FILE.onnx or FILE.pt2; size, mean, std and class names go in it and in FILE.onnx.json. With
+        --format transformers a folder.
+    format
+        transformers takes a language model and writes all that AutoModelForCausalLM or its like needs, code
+        and tokenizer too; of a file the name's end tells.
     output
         What the file gives: logits, features (pooled) or tokens (of the patches); logits when left out, or
         features of a model without classes.
     pretrained
         With a timm name: its published weights.
     overwrite
-        Replace the file.
+        Replace the file, or a folder of this kind.
     """
+    from pellucid.models import LanguageModel
     from pellucid.models.export import export as write
 
+    if format == "transformers":
+        _export_folder(model, _network(model, pretrained), out, output, overwrite)
+        return
+    if format is not None and out.suffix != f".{format}":
+        raise ConfigError(f"--format {format} writes a file that ends in .{format} - {out} does not")
     _refuse_output(out)
     network = _network(model, pretrained)
+    if isinstance(network, LanguageModel):
+        raise ConfigError(f"{model} reads text - give --format transformers, and a folder for --out")
     written = write(network, out, output=output, images=_own_test_images(model, network), overwrite=overwrite)
     about = written.description
     opset = f", opset {about['opset']}" if "opset" in about else ""
@@ -1024,6 +1139,65 @@ def bench_tokens(
 
 
 @app.command
+def bench_generation(
+    *,
+    models: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    beside: str | None = None,
+    lengths: Annotated[list[int] | None, Parameter(consume_multiple=True)] = None,
+    prompt: int = 256,
+    new_tokens: int = 16,
+    batch_size: int = 1,
+    depth: int | None = None,
+    rounds: int = 3,
+    threads: int | None = None,
+    budget: float = 60.0,
+    limit_gib: float = 12.0,
+    out: Annotated[Path | None, Parameter(("-o", "--out"))] = None,
+) -> None:
+    """Speed and memory of writing text: CRATE, CRATE-alpha and ToST beside a GPT-2, as ratios.
+
+    Parameters
+    ----------
+    models
+        Causal language models; CRATE, CRATE-alpha and ToST in GPT-2's small size when left out.
+    beside
+        The model that they are compared with; the GPT-2 of the first one's size when left out.
+    lengths
+        Of texts in memory, in tokens; 256 to 65,536 when left out.
+    prompt
+        Words to read where writing is timed.
+    new_tokens
+        Words to write behind them.
+    batch_size
+        Texts at once.
+    depth
+        Layers of every model; as named when left out.
+    rounds
+        Repetitions, in turns; medians over them are shown.
+    threads
+        Of the processor.
+    budget
+        Seconds that a model may take to read a text; longer ones are left out, which is said.
+    limit_gib
+        A length at which the memories of all models are larger together is left out, in GiB.
+    out
+        Write the rows as JSON.
+    """
+    from pellucid.measure.bench_generation import bench_generation as measure
+
+    _refuse_output(out)
+    given = {"models": models, "lengths": lengths}
+    chosen: Any = {key: tuple(value) for key, value in given.items() if value}
+    result = measure(
+        **chosen, beside=beside, prompt=prompt, new_tokens=new_tokens, batch_size=batch_size, depth=depth,
+        rounds=rounds, threads=threads, budget=budget, limit_gib=limit_gib, progress=_tell,
+    )  # fmt: skip
+    say(result.table())
+    if out is not None:
+        _write(out, json.dumps(result.to_dict(), indent=1) + "\n")
+
+
+@app.command
 def bench_analytic(
     *,
     signals: int = 10_000,
@@ -1115,6 +1289,8 @@ def _train(options: dict[str, Any], resume: bool, overwrite: bool) -> Run:
     if rank() == 0:
         found = {"test accuracy": run.accuracy, "test knn accuracy": run.measures.get("knn accuracy")}
         worth = "".join(f", {name} {value:.2%}" for name, value in found.items() if value is not None)
+        if "bits per byte" in run.measures:
+            worth += f", {run.measures['bits per byte']:.3f} bits per byte of held-out text"
         say(f"{run.config.model}: trained in {run.seconds:.1f} s{worth}, in {run.out}")
         if verdict := next((line["verdict"] for line in reversed(run.metrics) if "verdict" in line), ""):
             say(f"{run.config.model}: {verdict}")
@@ -1143,8 +1319,7 @@ def _train_and_report(
         runs.append(_train(recipe, resume=out.exists(), overwrite=False))
     if rank() > 0:  # of several processes that train together, one writes
         return run
-    images = _data_of(run)
-    path = _report(runs, images, run.out / "report.html", command)
+    path = _report(runs, _data_of(run), run.out / "report.html", command)
     say(f"report: {path}")
     return run
 
@@ -1154,15 +1329,20 @@ def _shared_sizes(run: Run) -> dict[str, Any]:
     return {
         k: v
         for k, v in run.config.model_args.items()
-        if k in ("img_size", "patch_size", "embed_dim", "depth", "global_pool")
+        if k in ("img_size", "patch_size", "embed_dim", "depth", "global_pool", "context")
     }
 
 
-def _report(runs: list[Run], images: ImageData, path: Path, command: str) -> Path:
+def _report(runs: list[Run], data: ImageData | TextData, path: Path, command: str) -> Path:
+    from pellucid.data import TextData
     from pellucid.glass.bundle import collect
+    from pellucid.glass.language import collect_text
     from pellucid.glass.report import render
 
-    bundle = collect(runs, images, command=command, progress=say)
+    if isinstance(data, TextData):
+        bundle = collect_text(runs, data, command=command, progress=say)
+    else:
+        bundle = collect(runs, data, command=command, progress=say)
     _write(path, render(bundle))
     subject = bundle["models"][0]
     if subject["audit"] is not None:
@@ -1172,10 +1352,46 @@ def _report(runs: list[Run], images: ImageData, path: Path, command: str) -> Pat
     return path
 
 
-def _data_of(run: Run) -> ImageData:
-    from pellucid.training import load_images
+def _data_of(run: Run) -> ImageData | TextData:
+    """What a run has learnt from, read with its own tokenizer where it is text."""
+    from pellucid.training import load_material
 
-    return load_images(run.config)
+    return load_material(run.config, resume=True).data
+
+
+def _reads_text(model: Any) -> bool:
+    from pellucid.models import LanguageModel
+
+    return isinstance(model, LanguageModel)
+
+
+def _text_windows(model: Any, run: Path, data: str | None, source: Source) -> tuple[Windows, TextData]:
+    """Rows of held-out text, of the run's own or of all of another, and the texts that they are of."""
+    from pellucid.data import load_text
+    from pellucid.glass.feed import text_windows
+    from pellucid.writing import tokenizer_file
+
+    own = _own_config(run)
+    data = _named(data, own, run)
+    mine = own is not None and Path(own.data).resolve() == Path(data).resolve()
+    texts = load_text(
+        data,
+        tokenizer=str(tokenizer_file(run)),
+        labels="optional" if model.classifier is None else "required",
+        test_only=not mine,
+        **_source_of(own, source),
+    )
+    if own is None:
+        return text_windows(model, texts), texts
+    share = own.objective_args.get("mask_share", 0.15)
+    crossing = mine and own.cross_documents
+    return text_windows(model, texts, cross_documents=crossing, mask_share=share, seed=own.seed), texts
+
+
+def _text_batches(windows: Windows, batch_size: int = 64, limit: int | None = None) -> Any:
+    from pellucid.data import eval_token_loader
+
+    return eval_token_loader(windows, batch_size, limit=limit)
 
 
 def _evaluation_data(
@@ -1282,11 +1498,11 @@ def _labels_for(images: ImageData, names: list[str]) -> Any:
 
 def _refuse_model_folder(out: Path, overwrite: bool) -> None:
     """Where something stands that is not to be replaced, told before the work is done."""
-    from pellucid.models.saved import CONFIG, WEIGHTS
+    from pellucid.models.saved import CONFIG, TOKENIZER, WEIGHTS
 
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not out.is_dir() or {path.name for path in out.iterdir()} != {CONFIG, WEIGHTS}:
+    if not out.is_dir() or {path.name for path in out.iterdir()} - {TOKENIZER} != {CONFIG, WEIGHTS}:
         raise CheckpointError(
             f"{out} exists and is not a model/ folder - take another --out; it is left as it is"
         )
@@ -1337,6 +1553,42 @@ def _save_text_model(model: Any, out: Path) -> int:
 
     weights = {name: value.contiguous().clone() for name, value in model.state_dict().items()}
     return _write_model(describe_text_model(model, weights), weights, out)
+
+
+def _export_folder(name: str, network: Any, out: Path, output: str | None, overwrite: bool) -> None:
+    """A language model as transformers loads it, whole or not at all."""
+    from pellucid.data import read_tokenizer
+    from pellucid.models import LanguageModel
+    from pellucid.models.saved import tokenizer_of
+    from pellucid.training.checkpoint import new_folder
+
+    if not isinstance(network, LanguageModel):
+        raise ConfigError(
+            f"{name} sees images: transformers reads the model/ folder of its run as it is - give FILE.onnx "
+            f"or FILE.pt2, or a language model"
+        )
+    if output is not None:
+        raise ConfigError("--output goes with images - leave it out")
+    try:
+        from pellucid.hf import is_folder, save_folder
+    except ImportError as error:
+        raise ConfigError(str(error)) from error
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        if not is_folder(out):
+            raise ConfigError(f"{out} exists and holds more or other things - take another --out; it is left")
+        if not overwrite:
+            raise ConfigError(f"{out} holds a model already - give --overwrite to replace it")
+    file = tokenizer_of(name)
+    with new_folder(out) as scratch:
+        files = save_folder(network, scratch, None if file is None else read_tokenizer(file))
+    size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
+    kind = json.loads((out / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    auto = f"AutoModel{kind.removeprefix('Crate').removeprefix('Tost')}"
+    say(f"{out}: {kind}, {size:.1f} MB in {len(files)} files{', with its tokenizer' if file else ''}")
+    say("checked with the code that lies there: the same scores to the last bit")
+    say(f"to read it: transformers.{auto}.from_pretrained({str(out)!r}, trust_remote_code=True)")
+    if file is None:
+        say("it has no tokenizer: texts must come as the numbers of words")
 
 
 def _write_model(config: dict[str, Any], weights: dict[str, Any], out: Path) -> int:

@@ -184,7 +184,7 @@ def test_missing(tmp_path):
     assert message("digit") == "no folder and no data set is called 'digit' - did you mean 'digits'?"
     assert "check the path" in message(str(tmp_path / "nothing"))
     assert "known: cifar10" in message("zzzzzz")
-    file = tmp_path / "file.txt"
+    file = tmp_path / "file.bin"
     file.write_text("x")
     assert "neither a folder nor a .npz file" in message(file)
 

@@ -118,7 +118,7 @@ def test_a_split_by_the_names_of_files(tmp_path):
     assert (texts_of(data.train), texts_of(data.test)) == (["a b"], ["a b"])
     assert data.notes == (
         "2 files that are neither train nor valid are ignored",
-        "1 of 1 test texts are also in train, so scores will be too good",
+        "1 test texts are also in train, so scores will be too good",
     )
     whole = load_text(tmp_path, test_only=True)
     assert whole.train is whole.test
@@ -150,6 +150,8 @@ def test_labels_that_cannot_be_used_are_put_aside(tmp_path):
     write(tmp_path, {"ape/other.txt": "two", "loose.txt": "three"})
     assert load_text(tmp_path).notes == ("taken without labels: 1 of 13 texts have no label",)
     assert load_text(tmp_path, labels="required").notes[0].endswith("are in no class and ignored")
+    write(tmp_path, {"figures/x.png": b"x"})
+    assert load_text(tmp_path, labels="required").notes[0].endswith("are no classes: figures")
 
 
 def test_no_labels_where_they_are_required(tmp_path):
@@ -378,11 +380,19 @@ def test_a_table(tables):
     assert len(held_back.train) + len(held_back.test) == 30
 
 
+def test_a_label_that_is_unknown(tables):
+    spec = tables(
+        lambda datasets, rows: rows.features | {"label": datasets.ClassLabel(names=["neg", "pos"])},
+        train={"text": [f"text {i}" for i in range(20)], "label": [i % 3 - 1 for i in range(20)]},
+    )
+    assert load_text(spec).notes == ("taken without labels: 7 of 20 texts have no label",)
+
+
 def test_columns_of_a_table(tables):
-    rows = {"body": [f"text {i}" for i in range(20)], "stars": [i % 3 for i in range(20)]}
+    rows = {"body": [f"text {i}" for i in range(20)], "stars": [i % 3 - 1 for i in range(20)]}
     spec = tables(train=rows)
     data = load_text(f"{spec}?label=stars", labels="required")
-    assert data.class_names == ["0", "1", "2"]
+    assert data.class_names == ["-1", "0", "1"]  # a number like any other
     assert load_text(spec).class_names == []
     for query, message in {
         "?text=stars": "no column of text 'stars'",

@@ -115,10 +115,14 @@ def test_processes_are_told_what_it_is(tokenizer):
     assert again.encode(b"the age").tolist() == tokenizer.encode(b"the age").tolist()
 
 
-def test_each_of_many(tokenizer):
-    encoded = [text.encode() for text in TEXTS]
+@pytest.mark.parametrize("block", [1, 200, 2**20])
+def test_each_of_many(tokenizer, block, monkeypatch):
+    """Short ones together, long ones alone, among them what is no text."""
+    encoded = [b"", *(text.encode() for text in TEXTS), b"\xff in \xc3", b"", b"the last"]
+    one_by_one = [tokenizer.encode(text).tolist() for text in encoded]
+    monkeypatch.setattr("pellucid.data.bpe._BLOCK", block)
     together = list(tokenizer.encode_each(iter(encoded)))
-    assert [ids.tolist() for ids in together] == [tokenizer.encode(text).tolist() for text in encoded]
+    assert [ids.tolist() for ids in together] == one_by_one
 
 
 # --- bytes --------------------------------------------------------------------------------------------
@@ -242,6 +246,8 @@ def test_a_tokenizer_with_other_rules_reads_whole_texts():
     text = "one\n\ntwo\r\n three"
     assert other.encode(text.encode()).tolist() == inner.encode(text).ids
     assert other.decode(other.encode(b"one\xff\n")) == b"one\xff\n"
+    each = other.encode_each([text.encode(), b"two"])
+    assert [ids.tolist() for ids in each] == [inner.encode(text).ids, inner.encode("two").ids]
 
 
 # --- by name ------------------------------------------------------------------------------------------

@@ -138,6 +138,17 @@ def audit(rng: random.Random, depth: int, steps: tuple[str, str], rising: set[tu
     }
 
 
+def audited(rng: random.Random, depth: int, steps: tuple[str, str], rising: set, unit: str) -> dict:
+    """The same of images or of texts."""
+    made = audit(rng, depth, steps, rising)
+    said = made["verdict"]
+    told = {
+        "text": said["text"].replace("images", unit),
+        "details": [line.replace("images", unit) for line in said["details"]],
+    }
+    return {**made, "unit": unit, "verdict": {**said, **told}}
+
+
 def attention(
     rng: random.Random, depth: int, heads: int, images: int, grid: int, side: int, names: list[str]
 ) -> dict:
@@ -239,6 +250,111 @@ def without_labels(rng: random.Random, names: list[str], objective: str, state: 
     }
 
 
+LINES = ["In", "the", "beginning", "God", "created\nthe", "heaven", "and", "the", "earth.", "ür"]
+
+
+def of_text(rng: random.Random, depth: int, heads: int, task: str, index: int) -> dict:
+    """What stands in the place of pictures in a run on text."""
+    told = [LINES[i % len(LINES)] + " " for i in range(40)]
+    hidden = {"next": 1, "masked": 7, "whole": 100}[task]
+
+    def word(i: int) -> dict:
+        given = i % hidden or not i
+        likeliest = [[rng.choice(LINES), 0.5 / (k + 1)] for k in range(3)]
+        return {
+            "text": told[i] if i else "<|endoftext|>",
+            "special": not i,
+            "bits": None if given else rng.expovariate(0.4),
+            "likeliest": [] if given else likeliest,
+        }
+
+    def atom(i: int) -> dict:
+        contexts = [
+            {"before": "In the ", "word": "beginning", "after": " God\n", "value": 3 - k / 2}
+            for k in range(3)
+        ]
+        pushes = {
+            side: [[rng.choice(LINES), rng.gauss(0, 1)] for _ in range(3)] for side in ("for", "against")
+        }
+        known = {"score": 0.9 - i / 50, "told_by": "word", "word": "the", "purity": 0.7, "common": 0.06}
+        return {"atom": i, "fires": 0.02, "mean": 1.2, **known, "contexts": contexts, "pushes": pushes}
+
+    weights = [[rng.random() for _ in told[:12]] for _ in range(heads)]
+    gaze = {
+        "name": "genesis.txt, words 0 to 40",
+        "kind": "attention",
+        "words": told[:12],
+        "reader": 11,
+        "told": "the",
+        "layers": [{"layer": n, "heads": weights} for n in range(1, depth + 1)],
+    }
+    layers = [
+        {
+            "layer": n,
+            "step": "sparsify",
+            "kind": "units" if index else "atoms",
+            "count": 512,
+            "dead": n,
+            "positions": 65536,
+            "fires": 0.3 / n + 0.3 * (index > 0),
+            "score": 0.8 / n,
+            "quartiles": [0.2, 0.5, 0.9],
+            "clear": 0.5,
+            "clearest": [atom(i) for i in range(2)],
+            "middle": [atom(i + 200) for i in range(2)],
+        }
+        for n in range(1, depth + 1)
+    ]
+    nats = 1.5 + index / 10
+    bits = None if task == "masked" else nats / math.log(2)
+    measured = {
+        "task": task,
+        "words": 5000,
+        "windows": 80,
+        "documents": 12,
+        "nats": nats,
+        "interval": [nats - 0.1, nats + 0.1],
+        "bits_per_byte": bits,
+        "bits_interval": None if bits is None else [bits - 0.1, bits + 0.1],
+        "bytes": None if bits is None else 4988.0,
+        "accuracy": 0.55,
+        "accuracy_interval": [0.5, 0.6],
+        "confidence": 0.95,
+        "by_position": [
+            {"first": 2**k, "last": 2 ** (k + 1) - 1, "nats": nats + 1 / (k + 1), "words": 80 * 2**k}
+            for k in range(7)
+        ],
+        "perplexity": math.exp(nats),
+        "perplexity_interval": [math.exp(nats - 0.1), math.exp(nats + 0.1)],
+    }
+    written = {
+        "settings": {"temperature": 0.8, "top_p": 0.95, "seed": 0},
+        "texts": [
+            {"prompt": "", "text": "And the LORD\nsaid", "ended": False},
+            {"prompt": "In the", "text": " beginning", "ended": True},
+        ],
+    }
+    label = {"next": None, "masked": None, "whole": "law"}[task]
+    return {
+        "task": task,
+        "unit": "word",
+        "scores": None if task == "whole" else measured,
+        "against": {"more": 0.1, "interval": [0.05, 0.15], "unit": "bits per byte"} if index else None,
+        "samples": [
+            {
+                "name": f"genesis.txt, words {40 * i} to {40 * i + 40}",
+                "label": label,
+                "predicted": "gospel" if label else None,
+                "words": [word(k) for k in range(40)],
+            }
+            for i in range(3)
+        ],
+        "attention": [gaze, {**gaze, "name": "exodus.txt"}],
+        "atoms": layers,
+        "written": written if task == "next" else None,
+    }
+
+
 def make(
     depth: int = 4,
     heads: int = 4,
@@ -251,8 +367,12 @@ def make(
     per_class: int = 45,
     unlabelled: str = "",
     state: str = "healthy",
+    task: str = "",
 ) -> dict:
-    """A bundle of one CRATE and, beside it, ViTs; ``unlabelled`` names an objective without labels."""
+    """A bundle of one CRATE and, beside it, ViTs; ``unlabelled`` names an objective without labels.
+
+    With a ``task`` it is of language models: ``next``, ``masked`` or ``whole``.
+    """
     rng = random.Random(0)
     names = [str(i) for i in range(10)] if names is None else names
 
@@ -273,9 +393,20 @@ def make(
             "scores": scores(rng, names or ["?"], best, per_class) | {"by": "classifier"},
             "features": None,
             "views": None,
-            "audit": audit(rng, depth, steps, set(rising) if white else set()),
+            "audit": audited(
+                rng, depth, steps, set(rising) if white else set(), "texts" if task else "images"
+            ),
             "attention": attention(rng, depth, heads, images, grid, side, names),
             **(without_labels(rng, names, unlabelled, state, side) if unlabelled else {}),
+            **(
+                {
+                    "attention": None,
+                    "text": of_text(rng, depth, heads, task, index),
+                    **({} if task == "whole" else {"scores": None}),
+                }
+                if task
+                else {}
+            ),
         }
 
     data = {
@@ -289,6 +420,21 @@ def make(
         "std": [0.376],
         "rejects": [{"path": "photos/broken.jpg", "reason": "the file ends after 1,024 bytes"}],
     }
+    if task:
+        data = {
+            "kind": "text",
+            "name": "books",
+            "train": 60,
+            "test": 12,
+            "train_words": 20000,
+            "test_words": 5000,
+            "train_bytes": 80000,
+            "test_bytes": 20000,
+            "classes": names if task == "whole" else [],
+            "tokenizer": {"name": "bpe", "vocab_size": 1024, "bytes_per_word": 4.0, "fingerprint": "ab" * 32},
+            "alone": {"nats": 5.0, "bits_per_byte": None if task == "masked" else 4.2},
+            "rejects": data["rejects"],
+        }
     config = {"epochs": 80, "lr": 0.005, "augment": ["rotate", "shift"], "strict": True, "resume": None}
     return {
         "title": "demo",

@@ -78,6 +78,7 @@ CASES = {
     "two models": {},
     "without labels": {"unlabelled": "simdino", "state": "collapsing"},
     "without labels at all": {"unlabelled": "mae", "names": [], "models": 1},
+    "text": {"task": "next", "depth": 6, "heads": 6},
     "one layer": {"depth": 1, "models": 1, "rising": ()},
     "deep, long names": {
         "depth": 12,

@@ -127,7 +127,8 @@ def test_up_to_the_end_of_the_context_and_no_further(kind):
 
 
 def test_what_is_kept_of_a_text():
-    """Of attention one tensor in CRATE and two in GPT-2, for each layer; of ToST the same at any length."""
+    """Of attention one tensor in CRATE and two in GPT-2, for each layer, with where each token stands in each
+    head; of ToST the same at any length."""
     kept = {}
     for kind in ("crate_gpt", "gpt2", "tost_gpt"):
         for n in (6, 24):
@@ -135,8 +136,8 @@ def test_what_is_kept_of_a_text():
             with torch.no_grad():
                 small(kind).resume(ids(1, n), memory)
             kept[kind, n] = memory.numel()
-    assert [kept["crate_gpt", n] for n in (6, 24)] == [2 * 6 * 24, 2 * 24 * 24]
-    assert [kept["gpt2", n] for n in (6, 24)] == [4 * 6 * 24, 4 * 24 * 24]
+    assert [kept["crate_gpt", n] for n in (6, 24)] == [2 * n * (24 + 3 * 3) for n in (6, 24)]
+    assert [kept["gpt2", n] for n in (6, 24)] == [4 * n * (24 + 3 * 3) for n in (6, 24)]
     assert kept["tost_gpt", 6] == kept["tost_gpt", 24] == 2 * (2 * 24 + 3)
 
 

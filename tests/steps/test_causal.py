@@ -32,6 +32,12 @@ CAUSAL = {
     "MSSA": lambda **kw: MSSA(DIM, 2, causal=True, **kw),
     "UntiedMSSA": lambda **kw: UntiedMSSA(DIM, 2, causal=True, **kw),
     "MHSA": lambda **kw: MHSA(DIM, 2, causal=True, **kw),
+    "MSSA, near": lambda **kw: MSSA(DIM, 2, causal=True, recency=True, **kw),
+    "MSSA, of others": lambda **kw: MSSA(DIM, 2, causal=True, own=False, **kw),
+    "UntiedMSSA, near, of others": lambda **kw: UntiedMSSA(
+        DIM, 2, causal=True, recency=True, own=False, **kw
+    ),
+    "MHSA, near": lambda **kw: MHSA(DIM, 2, causal=True, recency=True, **kw),
     "CausalTSSA": lambda **kw: CausalTSSA(DIM, 2, **kw),
     "UntiedCausalTSSA": lambda **kw: UntiedCausalTSSA(DIM, 2, block_size=12, layer_scale=0.5, **kw),
 }
@@ -134,7 +140,7 @@ def test_causal_attention_is_held_to_the_rate_of_prefixes():
 
 
 def test_attention_weights_are_those_of_the_past():
-    for name in ("MSSA", "MHSA"):
+    for name in (name for name in CAUSAL if "TSSA" not in name):
         step, z = made(name), normal(1, 5, DIM)
         weights = step.attention(z)
         assert torch.equal(weights, weights.tril())
@@ -282,6 +288,7 @@ def test_unroll_with_a_memory_is_unroll():
 
 @pytest.mark.parametrize("make", [
     lambda: MSSA(DIM, 2), lambda: UntiedMSSA(DIM, 2), lambda: MHSA(DIM, 2),
+    lambda: MSSA(DIM, 2, recency=True, own=False), lambda: MHSA(DIM, 2, recency=True),
 ])  # fmt: skip
 def test_padding_is_not_seen(make):
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ from pellucid.data.load import load_data
 from pellucid.data.loaders import Batch, StepSampler, ViewedSet, eval_loader, train_loader
 from pellucid.data.packing import Packed, pack
 from pellucid.data.randomness import draws, order
+from pellucid.data.text_checks import TextReport
 from pellucid.data.tokenizers import (
     BPETokenizer,
     ByteTokenizer,
@@ -47,6 +48,7 @@ __all__ = [
     "Reject",
     "StepSampler",
     "TextData",
+    "TextReport",
     "TextSet",
     "Tokenizer",
     "Tokens",

@@ -85,6 +85,19 @@ class BPETokenizer(Tokenizer):
                 return self._encode(data.decode("utf-8", "replace"))
         return self._encode_any(data)
 
+    def encode_each(self, texts: Iterable[bytes]) -> Iterator[Ids]:
+        """The words of each text, in order; many short ones are looked at together."""
+        batch: list[bytes] = []
+        size = 0
+        for text in texts:
+            batch.append(text)
+            size += len(text)
+            if size >= _BLOCK:
+                yield from self._encode_batch(batch[:-1])
+                yield self.encode(text)
+                batch, size = [], 0
+        yield from self._encode_batch(batch)
+
     def decode(self, ids: Iterable[int]) -> bytes:
         words = [int(word) for word in ids]
         self._refuse(words)
@@ -107,21 +120,37 @@ class BPETokenizer(Tokenizer):
     def _encode(self, text: str) -> Ids:
         if not self._stretches:
             return np.array(self._inner.encode(text, add_special_tokens=False).ids, dtype=np.int32)
-        return np.frombuffer(b"".join(map(self._encode_block, _blocks(text))), dtype=np.int32).copy()
+        return np.frombuffer(
+            b"".join(self._looked_up([block])[0] for block in _blocks(text)), np.int32
+        ).copy()
 
-    def _encode_block(self, text: str) -> bytes:
-        """The words of a block of stretches, each of which the library looks at only once."""
-        stretches = [text] if _DOUBTFUL.search(text) else _STRETCH.findall(text)
-        each = set(stretches)
+    def _encode_batch(self, batch: list[bytes]) -> Iterator[Ids]:
+        """Of texts that are short."""
+        try:
+            texts = [text.decode() for text in batch]
+        except UnicodeDecodeError:
+            yield from map(self.encode, batch)
+            return
+        if self._stretches:
+            yield from (np.frombuffer(ids, np.int32) for ids in self._looked_up(texts))
+        else:
+            found = self._inner.encode_batch_fast(texts, add_special_tokens=False)
+            yield from (np.array(item.ids, dtype=np.int32) for item in found)
+
+    def _looked_up(self, texts: list[str]) -> list[bytes]:
+        """The words of each text, as int32; the library looks at each of their stretches only once."""
+        cut = [[text] if _DOUBTFUL.search(text) else _STRETCH.findall(text) for text in texts]
+        each = set().union(*cut)
         words = {stretch: self._known[stretch] for stretch in each if stretch in self._known}
         new = [stretch for stretch in each if stretch not in words]
+        found = self._inner.encode_batch_fast(new, add_special_tokens=False)
         for stretch, found in zip(
             new, self._inner.encode_batch_fast(new, add_special_tokens=False), strict=True
         ):
             words[stretch] = array("i", found.ids).tobytes()
             if len(stretch) <= _SHORT and len(self._known) < _KNOWN:
                 self._known[stretch] = words[stretch]
-        return b"".join(map(words.__getitem__, stretches))
+        return [b"".join(map(words.__getitem__, stretches)) for stretches in cut]
 
     def _encode_any(self, data: bytes) -> Ids:
         """Bytes that are no UTF-8: each of them is a word of its own."""

@@ -15,10 +15,9 @@ from pellucid.data.dataset import EncodedImages, FileImages, ImageData, ImageSet
 from pellucid.data.found import Asked, Found, Labels, Looks
 from pellucid.data.images import KINDS, MAX_PIXELS, show_name
 from pellucid.data.load import MAX_BAD, Spec, ask, find, is_in_memory, load_in_memory, title
-from pellucid.data.verify import look, refuse_dead_classes, rejected, too_many_rejects
+from pellucid.data.text_checks import TextReport, check_text, is_text_data
+from pellucid.data.verify import listed, look, refuse_dead_classes, rejected, too_many_rejects
 from pellucid.errors import DataError, PellucidError
-
-SHOWN = 20  # lines of one kind at most
 
 Size = tuple[int, int]
 
@@ -58,7 +57,7 @@ class CheckReport:
         train, test = self.count
         kinds = f"in {len(self.class_counts)} classes" if self.class_counts else "without labels"
         yield [f"{self.name}: {train + test:,} images {kinds}, {train:,} + {test:,}"]
-        yield _listed(
+        yield listed(
             f"  {show_name(name)}: {of_train:,} to train on, {of_test:,} to test on"
             for name, (of_train, of_test) in self.class_counts.items()
         )
@@ -69,12 +68,12 @@ class CheckReport:
             yield ["kinds: " + ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.items())]
         if self.rejects:
             yield [f"{len(self.rejects):,} rejected"]
-            yield _listed(f"  {show_name(reject.path)}: {reject.reason}" for reject in self.rejects)
+            yield listed(f"  {show_name(reject.path)}: {reject.reason}" for reject in self.rejects)
         if self.duplicates:
             yield [f"{len(self.duplicates):,} test images are also in train, so scores will be too good"]
-            yield _listed(f"  {show_name(train)} = {show_name(test)}" for train, test in self.duplicates)
-        yield _listed(f"note: {note}" for note in self.notes)
-        yield _listed(f"problem: {problem}" for problem in self.problems)
+            yield listed(f"  {show_name(train)} = {show_name(test)}" for train, test in self.duplicates)
+        yield listed(f"note: {note}" for note in self.notes)
+        yield listed(f"problem: {problem}" for problem in self.problems)
         yield ["ok" if self.ok else "not ok" + "; ok without labels" * self.without_labels]
 
 
@@ -88,15 +87,18 @@ def check(
     test_fraction: float | None = None,
     max_pixels: int = MAX_PIXELS,
     max_bad: float = MAX_BAD,
-) -> CheckReport:
+) -> CheckReport | TextReport:
     """Look at a whole data set, with load_data's arguments. What load_data would refuse is listed.
 
-    Data that only lack labels are looked at all the same, and a note says what they are good for.
+    Data that only lack labels are looked at all the same, and a note says what they are good for. Texts are
+    held to what ``load_text`` accepts, with labels or without.
     """
     if isinstance(spec, ImageData):
         return _check_loaded(spec)
     path = os.fspath(spec)
     asked = ask(labels, test_fraction, split_seed, False, max_pixels)
+    if is_text_data(path):
+        return check_text(path, title(path), asked, max_bad)
     try:
         if is_in_memory(path):
             return _check_in_memory(path, root, download, asked)
@@ -240,10 +242,3 @@ def _size_range(sizes: np.ndarray) -> tuple[Size, Size, Size] | None:
     ordered = sizes[np.lexsort((sizes[:, 1], sizes[:, 0], sizes[:, 0] * sizes[:, 1]))].tolist()
     smallest, median, largest = (tuple(ordered[k]) for k in (0, len(ordered) // 2, -1))
     return smallest, median, largest
-
-
-def _listed(lines: Iterator[str] | list[str]) -> list[str]:
-    """The first ``SHOWN`` lines, and how many more there are."""
-    every = list(lines)
-    rest = len(every) - SHOWN
-    return every if rest <= 1 else [*every[:SHOWN], f"  ... and {rest:,} more"]

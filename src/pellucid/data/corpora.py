@@ -20,7 +20,7 @@ from pellucid.data.trees import (
     Tree,
     deeper,
     find_layout,
-    holds_below,
+    holds,
     links,
     split_word,
     visible,
@@ -79,10 +79,10 @@ def is_text(name: str) -> bool:
 
 def holds_text(path: str) -> bool:
     """Whether a folder holds texts, or lines of JSON, at any depth; or whether a file is one by its name."""
+    named = lambda name: _is_lines(name) or (is_text(name) and os.path.splitext(name)[1] != "")
     if not os.path.isdir(path):
-        return _is_lines(path) or (is_text(path) and os.path.splitext(path)[1] != "")
-    wanted = lambda name: _is_lines(name) or (is_text(name) and os.path.splitext(name)[1] != "")
-    return any(map(wanted, os.listdir(path))) or holds_below(path, wanted)
+        return os.path.lexists(path) and named(os.path.basename(path))
+    return holds(path, named)
 
 
 def _is_lines(name: str) -> bool:
@@ -118,6 +118,10 @@ def _texts(tree: Tree, asked: Asked, notes: list[str]) -> list[Source]:
     """The files of a tree, each with the class whose folder it is in."""
     found: list[tuple[FoundFile, str | None]] = []
     found += [(file, label) for label, files in tree.classes.items() for file in files]
+    empty = [name for name, files in tree.classes.items() if not files]
+    if empty and asked.labels == "required":
+        shown = ", ".join(map(show_name, empty[:5])) + ", ..." * (len(empty) > 5)
+        notes.append(f"folders without text in {show_name(tree.root)} are no classes: {shown}")
     if tree.loose and asked.labels == "required" and found:
         where = show_name(tree.root)
         notes.append(f"{len(tree.loose):,} texts directly in {where} are in no class and ignored")
@@ -189,12 +193,13 @@ def _of_tables(opened: Tables, asked: Asked) -> Corpus:
             raise
         label = None
     opened.refuse_missing([column for column in (text, label) if column is not None])
-    sides: list[list[Source]] = [
-        [Rows(table, text, label, f"{opened.where}/{name}")] for name, table in opened.tables.items()
-    ]
     names = None
     if label is not None and type_of(feature := opened.train.features[label]) == "ClassLabel":
         names = list(feature.names)
+    unknown = None if names is None else -1
+    sides: list[list[Source]] = [
+        [Rows(table, text, label, f"{opened.where}/{name}", unknown)] for name, table in opened.tables.items()
+    ]
     test = sides[1] if len(sides) > 1 else None
     return Corpus(opened.name, opened.where, sides[0], test, names, one="add rows")
 

@@ -132,7 +132,8 @@ def load_text(
     words = _tokenizer(os.fspath(tokenizer), vocab_size, test_only)
     corpus = find_corpus(os.fspath(spec), asked)
     reading = read_corpus(corpus, asked, max_bad)
-    divide_texts(reading, asked)
+    if shared := divide_texts(reading, asked):
+        corpus.notes.append(f"{shared:,} test texts are also in train, so scores will be too good")
     if words is None:
         words = train_bpe(reading.sample(TRAIN_BYTES), vocab_size)
     train, test = _encoded(reading, words)

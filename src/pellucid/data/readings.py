@@ -6,6 +6,7 @@ import hashlib
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +57,18 @@ class Reading:
     def name(self, i: int) -> str:
         """What to call text i; safe to print."""
         return name_of(self.sources[self.source[i]], int(self.place[i]))
+
+    @cached_property
+    def distinct(self) -> tuple[Integers, Integers]:
+        """Where each distinct text appears first, in order, and (n,) which of these each text equals.
+
+        Half of a digest is compared: should two texts ever share it, they are only kept on one side.
+        """
+        _, first, same = np.unique(self.digest.view(np.uint64)[:, 0], return_index=True, return_inverse=True)
+        ranked = np.argsort(first, kind="stable")
+        rank = np.empty_like(ranked)
+        rank[ranked] = np.arange(len(ranked))
+        return first[ranked], rank[same.reshape(-1)]
 
     def sample(self, limit: int) -> Iterator[bytes]:
         """Of those to train on every k-th, for the least k that makes them about ``limit`` bytes at most."""
@@ -135,42 +148,29 @@ def read_corpus(corpus: Corpus, asked: Asked, max_bad: float) -> Reading:
     return reading
 
 
-def divide_texts(reading: Reading, asked: Asked) -> None:
+def divide_texts(reading: Reading, asked: Asked) -> int:
     """Which text is on which side: the split that the data bring, or else a hold-out of whole texts.
 
-    Equal texts stay together. With ``test_only`` nothing is on the side to train on.
+    Equal texts stay together. With ``test_only`` nothing is on the side to train on. Returns how many texts
+    are on both sides, as those of a split that the data bring may be.
     """
     corpus, side = reading.corpus, reading.side
-    _, first, same = np.unique(reading.digest, axis=0, return_index=True, return_inverse=True)
+    first, same = reading.distinct
     if corpus.test is not None:
         refuse_fraction(asked.test_fraction, corpus.where)
-        both = np.isin(same, same[side == TRAIN]) & (side == TEST)
         if asked.test_only:
             side[side == TRAIN] = NEITHER
-        elif both.any():
-            corpus.notes.append(
-                f"{int(both.sum()):,} of {int((side == TEST).sum()):,} test texts are also in train,"
-                " so scores will be too good"
-            )
-        return
+        return int((np.isin(same, same[side == TRAIN]) & (side == TEST)).sum())
     if asked.test_only:
         side[:] = TEST
-        return
-    first, same = _in_order(first, same.reshape(-1))
+        return 0
     if len(first) == 1:
         also = "" if len(reading) == 1 else f" {len(reading):,} times"
         raise DataError(f"1 text{also} cannot be split into train and test - {corpus.where} - {corpus.one}")
     fraction = TEST_FRACTION if asked.test_fraction is None else asked.test_fraction
     _, held_out = hold_out(reading.label[first], fraction, asked.split_seed)
     side[:] = np.where(np.isin(same, held_out), TEST, TRAIN)
-
-
-def _in_order(first: Integers, same: Integers) -> tuple[Integers, Integers]:
-    """Distinct texts in the order of their first appearance, in place of that of their digests."""
-    ranked = np.argsort(first, kind="stable")
-    rank = np.empty_like(ranked)
-    rank[ranked] = np.arange(len(ranked))
-    return first[ranked], rank[same]
+    return 0
 
 
 def _every(sources: list[Source]) -> Iterator[tuple[int, Entry]]:

@@ -37,7 +37,7 @@ from pellucid.data.folders import is_picture
 from pellucid.data.found import Asked, Found, Looks, settle, taken_reasons
 from pellucid.data.images import KINDS, Header, ImageRejected, show_name, too_large
 from pellucid.data.tars import read_archive
-from pellucid.data.trees import TEST_NAMES, holds_below, split_word
+from pellucid.data.trees import TEST_NAMES, holds, split_word
 from pellucid.data.verify import DECODE_LIMIT, header_of, watched
 from pellucid.errors import DataError
 
@@ -347,7 +347,7 @@ def tar_files(path: str) -> list[str]:
             entry.path for entry in _listed(path) if entry.name.lower() in train_and_test and entry.is_dir()
         ]
         found = sorted(e.path for folder in folders for e in _listed(folder) if _is_tar(e.path))
-        return found if found and not holds_below(path, is_picture) else []
+        return found if found and not holds(path, is_picture, below=True) else []
     if os.path.lexists(path):
         return [path] if _is_tar(path) else []
     if not glob.has_magic(path) or not _TAR.search(path):

@@ -14,7 +14,7 @@ from pellucid.data.texts import TextRejected, as_text, lower_reason, parts, read
 Label = str | int
 
 _SHOWN_FIELDS = 5
-_ROWS = 1000  # of a table, at once
+_ROWS = 64  # of a table, at once; one may be a book
 
 
 class Entry(NamedTuple):
@@ -117,12 +117,14 @@ class JsonLines(Source):
 
 @final
 class Rows(Source):
-    """Rows of a table: its column of text, and that of classes; of these -1 stands for none."""
+    """Rows of a table: its column of text, and that of classes, in which ``unknown`` stands for none."""
 
-    def __init__(self, table: Any, text: str, label: str | None, path: str) -> None:
+    def __init__(
+        self, table: Any, text: str, label: str | None, path: str, unknown: Label | None = None
+    ) -> None:
         columns = [text] if label is None else [text, label]
         self._table = table.select_columns(columns).with_format("arrow")
-        self._text, self._label = text, label
+        self._text, self._label, self._unknown = text, label, unknown
         self.path = self.title = path
 
     def entries(self) -> Iterator[Entry]:
@@ -132,7 +134,7 @@ class Rows(Source):
             labels = [None] * len(texts) if self._label is None else rows[self._label].to_pylist()
             for place, (text, label) in enumerate(zip(texts, labels, strict=True), start=first):
                 try:
-                    yield Entry(place, as_text(text or ""), None if label == -1 else label)
+                    yield Entry(place, as_text(text or ""), None if label == self._unknown else label)
                 except TextRejected as error:
                     yield Entry(place, reason=error.reason)
 

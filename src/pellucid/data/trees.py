@@ -91,11 +91,11 @@ def find_layout(root: str, wanted: Wanted) -> Layout:
     return Layout(root, pair[0], pair[1])
 
 
-def holds_below(root: str, wanted: Wanted) -> bool:
-    """Whether a file of this kind lies in a visible folder of ``root``, at any depth."""
+def holds(root: str, wanted: Wanted, *, below: bool = False) -> bool:
+    """Whether a file of this kind lies in ``root``, at any depth; with ``below``, in a folder in it."""
     for here, folders, names in os.walk(root):
         folders[:] = filter(visible, folders)
-        if here != root and any(map(wanted, names)):
+        if not (below and here == root) and any(map(wanted, names)):
             return True
     return False
 

@@ -16,6 +16,7 @@ from pellucid.data.images import Header, ImageRejected, read_header, read_image,
 from pellucid.errors import DataError
 
 DECODE_LIMIT = 20_000  # pictures; up to here each is decoded whole once, above only its header is read
+SHOWN = 20  # lines of one kind at most
 PATIENCE = 5  # seconds; what takes longer shows a bar
 
 T = TypeVar("T")
@@ -119,3 +120,10 @@ def _bad(found: Found, looks: tuple[Looks, Looks]) -> Iterator[tuple[EncodedImag
     for images, seen in parts[:1] if found.test is found.train else parts:
         for i, reason in seen.reasons.items():
             yield images, i, reason
+
+
+def listed(lines: Iterator[str] | list[str]) -> list[str]:
+    """The first ``SHOWN`` lines, and how many more there are."""
+    every = list(lines)
+    rest = len(every) - SHOWN
+    return every if rest <= 1 else [*every[:SHOWN], f"  ... and {rest:,} more"]

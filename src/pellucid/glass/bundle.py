@@ -59,7 +59,7 @@ def collect(
         "command": command,
         "models": [_model(run, images, progress) for run in runs],
         "data": _data(images, eval_view(subject.model)),
-        "config": _config(subject),
+        "config": settings(subject),
     }
 
 
@@ -83,11 +83,12 @@ def collect_comparison(
         "command": command,
         "comparison": comparison.to_dict(),
         "data": _data(images, eval_view(first.model)),
-        "config": {k: v for k, v in _config(first).items() if k not in own},
+        "config": {k: v for k, v in settings(first).items() if k not in own},
     }
 
 
-def _config(run: Run) -> dict[str, Any]:
+def settings(run: Run) -> dict[str, Any]:
+    """The options of a run that say something."""
     return {k: v for k, v in vars(run.config).items() if v not in (None, "", {})}
 
 
@@ -111,7 +112,7 @@ def _model(run: Run, images: ImageData, progress: Progress) -> dict[str, Any]:
         "facts": facts(model),
         "learnt": learnt(run),
         "health": health(run),
-        "curves": _curves(run),
+        "curves": curves(run),
         "scores": scores,
         "features": seen,
         "views": views(run, images),
@@ -178,7 +179,7 @@ def _first_layer(model: Any) -> Any:
     return model.layers[0]
 
 
-def _curves(run: Run) -> dict[str, Any]:
+def curves(run: Run) -> dict[str, Any]:
     """Of training and test lines every number as a column, with the verdict's state where there is one."""
 
     def columns(split: str) -> dict[str, list]:

@@ -313,6 +313,7 @@ class Pair:
     state: str | None
     change: str
     share: str
+    samples: str = "images"
 
 
 def dumbbell_chart(title: str, pairs: Sequence[Pair], domain: tuple[float, float]) -> Html:
@@ -354,7 +355,7 @@ def _dumbbell(pair: Pair, x: Scale, y: float) -> Html:
     words = [_text(WIDTH - 56, y + 4, pair.change, "end", warn), _text(WIDTH, y + 4, pair.share, "end", warn)]
     if pair.ratio is None:
         return tag("g", label, _text(x.start, y + 4, "not measured", class_="axis"), *words)
-    name = tag("title", f"layer {pair.label}: {pair.change}, fell on {pair.share} of the images")
+    name = tag("title", f"layer {pair.label}: {pair.change}, fell on {pair.share} of the {pair.samples}")
     at = x(pair.ratio)
     bar = _line(x(1), y, at, y, f"bar {warn or 's0'}")
     before = tag("circle", cx=x(1), cy=y, r=2.5, class_="m before")

@@ -14,7 +14,7 @@ from numbers import Real
 from typing import Literal
 
 DESCENDS_FROM = 0.99
-"""A step descends when its objective fell on at least this share of the images."""
+"""A step descends when its objective fell on at least this share of the images or texts."""
 
 State = Literal["falls", "partly", "rises"]
 
@@ -87,6 +87,13 @@ class Fields:
     def numbers(self, key: str) -> list[float | None]:
         """The field as a list of finite floats, ``None`` where one is missing."""
         return [finite(value) for value in self.values(key)]
+
+    def ends(self, key: str) -> tuple[float, float] | None:
+        """The field as the two ends of an interval, the lower one first."""
+        ends = self.numbers(key)
+        if len(ends) != 2 or ends[0] is None or ends[1] is None:
+            return None
+        return min(ends[0], ends[1]), max(ends[0], ends[1])
 
     def texts(self, key: str) -> list[str]:
         """The field as a list of text, empty where one is missing."""
@@ -214,13 +221,20 @@ class Model:
     def health(self) -> Fields:
         return self.fields.one("health")
 
+    @cached_property
+    def text(self) -> Fields:
+        """What is shown of a language model; empty of others."""
+        return self.fields.one("text")
+
+    @property
+    def sample(self) -> str:
+        """What it looks at: an image, or a text."""
+        return "text" if self.text or self.audit.text("unit") == "texts" else "image"
+
     @property
     def interval(self) -> tuple[float, float] | None:
         """The confidence interval of the accuracy."""
-        ends = self.scores.numbers("interval")
-        if len(ends) != 2 or ends[0] is None or ends[1] is None:
-            return None
-        return min(ends[0], ends[1]), max(ends[0], ends[1])
+        return self.scores.ends("interval")
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,22 @@ from pathlib import Path
 from pellucid.glass.markup import Html, tag
 from pellucid.glass.reading import Bundle
 from pellucid.glass.sections.accuracy import accuracy
+from pellucid.glass.sections.atoms import atoms
 from pellucid.glass.sections.attention import attention
 from pellucid.glass.sections.audit import audit
 from pellucid.glass.sections.compare import compared, cost, descent, precision
 from pellucid.glass.sections.data import data, reproduce
 from pellucid.glass.sections.features import feature_map, neighbours
 from pellucid.glass.sections.fitted import fitted, pictures
+from pellucid.glass.sections.gaze import gaze
 from pellucid.glass.sections.headline import headline
 from pellucid.glass.sections.health import health
+from pellucid.glass.sections.language import context, text_headline
 from pellucid.glass.sections.learning import learning
 from pellucid.glass.sections.model import model
 from pellucid.glass.sections.tokens import tokens
 from pellucid.glass.sections.views import views
+from pellucid.glass.sections.words import surprises, written
 
 Maker = Callable[[Bundle], Html]
 
@@ -47,6 +51,18 @@ UNLABELLED_SECTIONS = {
     **{name: SECTIONS[name] for name in ("model", "audit", "tokens", "attention", "data", "reproduce")},
 }
 """The same where the subject learnt without labels."""
+
+TEXT_SECTIONS = {
+    "words": ("what surprises it", surprises),
+    "writing": ("what it writes", written),
+    "context": ("context", context),
+    "model": SECTIONS["model"],
+    "audit": SECTIONS["audit"],
+    "atoms": ("the atoms", atoms),
+    "attention": ("attention", gaze),
+    **{name: SECTIONS[name] for name in ("tokens", "learning", "accuracy", "data", "reproduce")},
+}
+"""The same where the subject reads text."""
 
 COMPARISON_SECTIONS = {
     "accuracy": ("accuracy", precision),
@@ -75,6 +91,8 @@ def render(bundle: dict) -> str:
     """
     read = Bundle.read(bundle)
     title = read.fields.text("title", read.subject.label)
+    if read.subject.text:
+        return _page(title, text_headline(read), read, TEXT_SECTIONS)
     sections = UNLABELLED_SECTIONS if read.subject.unlabelled else SECTIONS
     return _page(title, headline(read), read, sections)
 

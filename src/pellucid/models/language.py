@@ -241,6 +241,9 @@ class CRATELM(LanguageModel):
         sparsification: ``"ista"``, ``"soft"``, ``"mlp"`` (a black box), or ``"none"``: attention only.
         compress_step_size, output_bias, orthonormal, step_size, sparsity, overcomplete, decoupled, residual:
             as in :class:`~pellucid.models.crate.CRATE`.
+        recency: heads count a token less that stands further away, each by its own measure, so that what is
+            near is met before any place is learnt; see :class:`~pellucid.steps.distance.Distance`.
+        own: where query and key are one projection, a token is among those whose mean it moves towards.
         eps: distortion at which R^c is measured.
         norm_eps: of all norms; 1e-5 as published.
         final_norm: a norm behind the last layer; the published complete CRATE has none.
@@ -268,6 +271,8 @@ class CRATELM(LanguageModel):
         overcomplete: int = 1,
         decoupled: bool = False,
         residual: bool = False,
+        recency: bool = False,
+        own: bool = True,
         eps: float = 0.1,
         norm_eps: float = 1e-5,
         final_norm: bool = True,
@@ -294,6 +299,8 @@ class CRATELM(LanguageModel):
                 norm_eps=norm_eps,
                 orthonormal=orthonormal,
                 causal=causal,
+                recency=recency,
+                own=own,
             )
             for _ in range(depth)
         ]
@@ -432,16 +439,20 @@ KINDS: dict[str, tuple[type[LanguageModel], str, dict[str, Any]]] = {
     "bert": (CRATELM, "Attention and MLP, masked, to stand beside.", {"causal": False, **BLACK_BOX}),
 }
 
+NEAR: dict[str, Any] = {"recency": True, "own": False}
+NEAR_TIED: dict[str, Any] = {**NEAR, "compression": "tied"}
+NEAR_ALPHA: dict[str, Any] = {**NEAR, "step_size": 1.0}
+
 AT_BYTES: dict[str, dict[str, Any]] = {
-    "crate_gpt": {"embed_dim": 256, "depth": 7, "num_heads": 8, "compression": "tied"},
-    "crate_overcomplete_gpt": {"embed_dim": 192, "depth": 5, "num_heads": 6, "compression": "tied"},
-    "crate_alpha_gpt": {"embed_dim": 144, "depth": 5, "num_heads": 6, "compression": "tied"},
-    "crate_aot_gpt": {"embed_dim": 320, "depth": 8, "num_heads": 10, "compression": "tied"},
+    "crate_gpt": {"embed_dim": 256, "depth": 7, "num_heads": 16, **NEAR_TIED},
+    "crate_overcomplete_gpt": {"embed_dim": 192, "depth": 5, "num_heads": 16, **NEAR_TIED},
+    "crate_alpha_gpt": {"embed_dim": 128, "depth": 6, "num_heads": 16, **NEAR_ALPHA},
+    "crate_aot_gpt": {"embed_dim": 320, "depth": 8, "num_heads": 20, **NEAR_TIED},
     "tost_gpt": {"embed_dim": 128, "depth": 6, "num_heads": 4, "offset": False, "layer_scale": 1.0},
-    "gpt2": {"embed_dim": 128, "depth": 5, "num_heads": 4},
-    "crate_bert": {"embed_dim": 256, "depth": 6, "num_heads": 8, "compression": "tied"},
-    "crate_alpha_bert": {"embed_dim": 144, "depth": 5, "num_heads": 6, "compression": "tied"},
-    "bert": {"embed_dim": 128, "depth": 5, "num_heads": 4},
+    "gpt2": {"embed_dim": 128, "depth": 5, "num_heads": 4, "recency": True},
+    "crate_bert": {"embed_dim": 256, "depth": 6, "num_heads": 16, **NEAR_TIED},
+    "crate_alpha_bert": {"embed_dim": 128, "depth": 6, "num_heads": 16, **NEAR_ALPHA},
+    "bert": {"embed_dim": 128, "depth": 5, "num_heads": 4, "recency": True},
 }
 """About a million parameters each, for text as bytes."""
 

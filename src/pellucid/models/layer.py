@@ -43,19 +43,21 @@ def build_layer(
     norm_eps: float,
     orthonormal: bool,
     causal: bool = False,
+    recency: bool = False,
+    own: bool = True,
 ) -> Layer:
-    """One layer of CRATE: compress, then sparsify; ``causal`` by attention alone, tied, untied or not."""
+    """One layer of CRATE: compress, then sparsify; ``causal``, ``recency``, ``own``: by attention alone."""
     norm = partial(nn.LayerNorm, dim, eps=norm_eps)
     compress: Step
     sparsify: Step
     if compression == "mhsa":
-        compress = MHSA(dim, num_heads, norm=norm(), causal=causal)
+        compress = MHSA(dim, num_heads, norm=norm(), causal=causal, recency=recency)
     elif compression == "strict":
         compress = StrictCompression(dim, num_heads, eps=eps, enter=norm())
     else:
         made: Any = {
-            "tied": partial(MSSA, causal=causal),
-            "untied": partial(UntiedMSSA, output_bias=output_bias, causal=causal),
+            "tied": partial(MSSA, causal=causal, recency=recency, own=own),
+            "untied": partial(UntiedMSSA, output_bias=output_bias, causal=causal, recency=recency, own=own),
             "exact": ExactCompression,
         }[compression]
         compress = made(

@@ -2,8 +2,8 @@
 
 ``timm.create_model("local-dir:FOLDER", pretrained=True)`` and transformers'
 ``AutoModelForImageClassification.from_pretrained(FOLDER)`` read it too, once ``pellucid.models`` is imported.
-Language models have the same two files, with fewer entries, and their tokenizer's. Nothing is ever unpickled, and a name from a file
-only ever selects from timm's registry and from our own.
+Language models have the same two files, with fewer entries, and their tokenizer's. Nothing is ever unpickled,
+and a name from a file only ever selects from timm's registry and from our own.
 """
 
 from __future__ import annotations

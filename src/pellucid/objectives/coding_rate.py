@@ -160,7 +160,47 @@ def prefix_coding_rate(z: Float[Tensor, "*b n d"], eps: float) -> Float[Tensor, 
 
 
 PREFIX_ENTRIES = 2**22
-"""Numbers in the Gram matrices that :func:`prefix_coding_rate` holds at once."""
+"""Numbers in the Gram matrices that :func:`prefix_coding_rate` and :func:`local_coding_rate` hold at once."""
+
+
+def local_coding_rate(
+    z: Float[Tensor, "*b K n d"], eps: float, forgetting: Float[Tensor, " K"], *, causal: bool = False
+) -> Float[Tensor, "*b K"]:
+    r"""Mean over tokens of the rate of what stands around each, the further away the less.
+
+    .. math:: \tfrac1{2n} \sum_{t=1}^n
+        \log\det\Bigl(I + \tfrac{d}{\epsilon^2} \sum_s \bar\omega_{ts} z_s^\top z_s\Bigr),
+        \qquad \bar\omega_{ts} = \frac{e^{-m_k |t - s|}}{\sum_r e^{-m_k |t - r|}}
+
+    With ``forgetting`` zero it is :func:`coding_rate`, and :func:`prefix_coding_rate` where it is causal. A
+    determinant for each token, in float64: a measure, not for training, :math:`O(n^2 d^2 + n d^3)`.
+
+    Args:
+        z: tokens ``(..., K, n, d)`` in their order.
+        eps: distortion. Positive.
+        forgetting: :math:`m_k` in nats for each place.
+        causal: a token counts those up to itself.
+    """
+    n, d = _check_tokens(z, eps)
+    _refuse_not_finite(z)
+    wide, place = z.double(), torch.arange(n, device=z.device)
+    distance = (place[:, None] - place).to(wide.dtype)
+    exponents = -forgetting.to(wide.dtype)[:, None, None] * distance.abs()
+    if causal:
+        exponents = exponents.masked_fill(distance < 0, -torch.inf)
+    weights = exponents.softmax(-1)
+    identity = torch.eye(d, dtype=wide.dtype, device=z.device)
+    chunk = max(1, PREFIX_ENTRIES // max(1, z.shape[-3] * d * d))
+    rates = []
+    for sample in wide.reshape(-1, *z.shape[-3:]):
+        squares = (sample.unsqueeze(-1) * sample.unsqueeze(-2)).flatten(-2)
+        total = sample.new_zeros(len(sample))
+        for rows in weights.split(chunk, -2):
+            grams = (rows @ squares).unflatten(-1, (d, d))
+            factor = torch.linalg.cholesky(identity + d / eps**2 * grams)
+            total = total + factor.diagonal(dim1=-2, dim2=-1).log().sum((-2, -1))
+        rates.append(total / n)
+    return torch.stack(rates).reshape(z.shape[:-2]).to(_at_least_float32(z).dtype)
 
 
 def prefix_variational_coding_rate(

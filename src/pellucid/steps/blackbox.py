@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pellucid.steps.distance import Distance, attend_around, attend_before, attend_kept
 from pellucid.steps.memory import Memory
 from pellucid.steps.step import Step
 
@@ -67,6 +68,7 @@ class MHSA(BlackBox):
         dim, norm, layer_scale, enter: see :class:`BlackBox`.
         num_heads: how many attend side by side, each in ``dim // num_heads`` dimensions.
         causal: a token sees itself and those before it.
+        recency: heads forget, see :class:`~pellucid.steps.distance.Distance`.
     """
 
     def __init__(
@@ -78,16 +80,23 @@ class MHSA(BlackBox):
         layer_scale: float | None = None,
         enter: nn.Module | None = None,
         causal: bool = False,
+        recency: bool = False,
     ) -> None:
         super().__init__(dim, norm=norm, layer_scale=layer_scale, enter=enter)
         if dim % num_heads:
             raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
         self.num_heads = num_heads
         self.sees = "past" if causal else "all"
+        self.distance = Distance(num_heads, recency)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.output = nn.Linear(dim, dim)
         for linear in (self.qkv, self.output):
             _init(linear)
+
+    @property
+    def scale(self) -> float:
+        """What similarities are multiplied by before the softmax."""
+        return float((self.qkv.in_features // self.num_heads) ** -0.5)
 
     def heads(self, u: Float[Tensor, "b n d"]) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of the normalised tokens, each ``(b, K, n, p)``."""
@@ -96,24 +105,21 @@ class MHSA(BlackBox):
     def attention(self, z: Float[Tensor, "b n d"]) -> Float[Tensor, "b K n n"]:
         """The attention weights, rows summing to one. :meth:`forward` has no need to form them."""
         q, k, _ = self.heads(self.norm(z))
-        logits = q @ k.mT * q.shape[-1] ** -0.5
+        logits = q @ k.mT * self.scale
+        if self.distance:
+            logits = logits + self.distance.bias(q.shape[-2], q.device).to(q.dtype)
         if self.sees == "past":
             future = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
             logits = logits.masked_fill(future, -torch.inf)
         return logits.softmax(-1)
 
     def branch(self, u: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        mixed = F.scaled_dot_product_attention(*self.heads(u), is_causal=self.sees == "past")
-        return self._out(mixed)
+        return self._out(self._attend(*self.heads(u), None))
 
     def forward(
         self, z: Float[Tensor, "b n d"], x: Tensor | None = None, real: Bool[Tensor, "b n"] | None = None
     ) -> Float[Tensor, "b n d"]:
-        if real is None:
-            return super().forward(z, x)
-        mask = real[:, None, None, :]
-        mixed = F.scaled_dot_product_attention(*self.heads(self.norm(z)), attn_mask=mask)
-        return self.add(z, self._out(mixed))
+        return self.add(z, self._out(self._attend(*self.heads(self.norm(z)), real)))
 
     def resume(self, z: Float[Tensor, "b n d"], state: Any, memory: Memory) -> tuple[Tensor, Any]:
         """As every causal step's; keys and values are kept."""
@@ -121,13 +127,26 @@ class MHSA(BlackBox):
             return super().resume(z, state, memory)
         query, key, value = self.heads(self.norm(z))
         keys, values = state or (None, None)
-        keys, seen_keys = memory.keep(keys, key)
-        values, seen_values = memory.keep(values, value)
+        far = self.distance
+        keys, seen_keys = memory.keep(keys, far.key(key, memory.places) if far else key)
+        values, seen_values = memory.keep(values, far.value(value) if far else value)
         if state is None:
-            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+            mixed = self._attend(query, key, value, None)
+        elif far:
+            mixed = attend_kept(far, query, seen_keys, seen_values, memory, self.scale)
         else:
             mixed = F.scaled_dot_product_attention(query, seen_keys, seen_values, attn_mask=memory.visible)
         return self.add(z, self._out(mixed)), (keys, values)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None) -> Tensor:
+        causal = self.sees == "past"
+        if self.distance and causal:
+            return attend_before(self.distance, query, key, value, self.scale)
+        if self.distance:
+            return attend_around(self.distance, query, key, value, self.scale, real)
+        mask = None if real is None else real[:, None, None, :]
+        causal = causal and mask is None
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
 
     def _out(self, mixed: Tensor) -> Tensor:
         return self.output(mixed.transpose(-3, -2).flatten(-2))

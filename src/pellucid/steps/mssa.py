@@ -22,7 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from pellucid.objectives.coding_rate import coding_rate, prefix_coding_rate, subspace_coding_rate
+from pellucid.objectives.coding_rate import (
+    coding_rate,
+    local_coding_rate,
+    prefix_coding_rate,
+    subspace_coding_rate,
+)
+from pellucid.steps.distance import Distance, attend_around, attend_before, attend_kept
 from pellucid.steps.kept import Kept, is_inference
 from pellucid.steps.memory import Memory
 from pellucid.steps.step import Step, full_precision
@@ -118,6 +124,13 @@ class AttentionStep(SubspaceStep):
             and the objective is the mean of the rates of all prefixes. Each token descends another function,
             and a prefix's other tokens move at the same time, so the step is no gradient of anything:
             whether the mean falls is measured.
+        recency: tokens that stand further away count less, :math:`\omega_k = e^{-m_k |t - s|}` of one in
+            subspace k, see :class:`~pellucid.steps.distance.Distance`. The rate that a token moves down is of
+            tokens weighted so, :func:`~pellucid.objectives.local_coding_rate`; its gradient has
+            :math:`\omega_k` in front of each of them, and so has the softmax.
+        own: a token is among those whose mean it moves towards. It is its own nearest neighbour, query and
+            key being one projection, and so hardly meets what stands before it; and what the gradient has of
+            it is a multiple of what the residual keeps. Without, one that has no other still meets itself.
     """
 
     def __init__(
@@ -132,6 +145,8 @@ class AttentionStep(SubspaceStep):
         enter: nn.Module | None = None,
         orthonormal: bool = False,
         causal: bool = False,
+        recency: bool = False,
+        own: bool = True,
     ) -> None:
         super().__init__(
             dim,
@@ -143,9 +158,12 @@ class AttentionStep(SubspaceStep):
             enter=enter,
             orthonormal=orthonormal,
         )
+        self.distance = Distance(num_heads, recency, own)
         if causal:
             self.sees = "past"
             self.objective_name = self.objective_name.replace("Z", "Z_<=t")
+        elif recency:
+            self.objective_name = self.objective_name.replace("Z", "Z_~t")
 
     @property
     def causal(self) -> bool:
@@ -169,7 +187,11 @@ class AttentionStep(SubspaceStep):
         self, w: Float[Tensor, "b K n p"], real: Bool[Tensor, "b n"] | None = None
     ) -> Float[Tensor, "b n Kp"]:
         """The mean that each token moves towards, of all subspaces side by side."""
-        if real is not None:
+        if self.distance and self.causal:
+            mixed = attend_before(self.distance, w, w, w, self.scale)
+        elif self.distance:
+            mixed = attend_around(self.distance, w, w, w, self.scale, real)
+        elif real is not None:
             mixed = F.scaled_dot_product_attention(
                 w, w, w, attn_mask=real[:, None, None, :], scale=self.scale
             )
@@ -197,22 +219,30 @@ class AttentionStep(SubspaceStep):
         if not self.causal:
             return super().resume(z, state, memory)
         w = self.project(z)
-        kept, seen = memory.keep(state, w)
+        kept, seen = memory.keep(state, self.distance.key(w, memory.places) if self.distance else w)
         if state is None:
             return self._move(z, self.attend(w)), kept
-        mixed = F.scaled_dot_product_attention(w, seen, seen, attn_mask=memory.visible, scale=self.scale)
+        if self.distance:
+            mixed = attend_kept(self.distance, w, seen, seen, memory, self.scale)
+        else:
+            mixed = F.scaled_dot_product_attention(w, seen, seen, attn_mask=memory.visible, scale=self.scale)
         return self._move(z, mixed.transpose(-3, -2).flatten(-2)), kept
 
     def objective(
         self, z: Float[Tensor, "b n d"], start: Float[Tensor, "b n d"], x: Tensor | None = None
     ) -> Float[Tensor, " b"]:
         w = F.normalize(self.project(z), dim=-1)
+        if self.distance.recency:
+            rates = self.distance.rates(w.device)
+            return local_coding_rate(w, self.eps, rates, causal=self.causal).sum(-1)
         return (prefix_coding_rate if self.causal else coding_rate)(w, self.eps).sum(-1)
 
     def _move(self, z: Tensor, mixed: Tensor) -> Tensor:
         return torch.add(z, self.speak(mixed), alpha=self.step_size)
 
     def _weights(self, logits: Tensor) -> Tensor:
+        if self.distance:
+            logits = logits + self.distance.bias(logits.shape[-1], logits.device).to(logits.dtype)
         if self.causal:
             future = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
             logits = logits.masked_fill(future, -torch.inf)
@@ -253,6 +283,8 @@ class UntiedMSSA(AttentionStep):
         orthonormal: bool = False,
         output_bias: bool = True,
         causal: bool = False,
+        recency: bool = False,
+        own: bool = True,
     ) -> None:
         super().__init__(
             dim,
@@ -264,6 +296,8 @@ class UntiedMSSA(AttentionStep):
             enter=enter,
             orthonormal=orthonormal,
             causal=causal,
+            recency=recency,
+            own=own,
         )
         self.output = output_map(self.subspaces, output_bias)
 

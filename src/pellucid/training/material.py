@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import nn
@@ -25,6 +26,7 @@ class Material(ABC):
         name: of the data.
         fingerprint: changes when the data do.
         data: what was loaded.
+        notes: what its reader should know, a line each.
     """
 
     unit: ClassVar[str]
@@ -33,6 +35,7 @@ class Material(ABC):
     name: str
     fingerprint: str
     data: Any
+    notes: Sequence[str] = ()
 
     @abstractmethod
     def resolved(self, config: TrainConfig) -> TrainConfig:

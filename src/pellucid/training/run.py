@@ -137,6 +137,8 @@ def train(
         except (Stopped, NumericsError) as error:
             raise SystemExit(error.exit_code) from error  # the first process says why
     _claim(out, config, resume=resume, overwrite=overwrite)
+    for note in material.notes:
+        say(note)
     with locked(out), StopFlag() as stop:
         for file, content in material.kept_files().items():
             write_file(out / file, content)

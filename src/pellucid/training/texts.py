@@ -39,7 +39,8 @@ class Texts(Material):
     def __init__(self, texts: TextData, kind: type[Objective], tokenizer: str = "") -> None:
         self.data = self.texts = texts
         self.kind = kind
-        self.name, self.fingerprint = texts.name, texts.fingerprint
+        self.name, self.notes = texts.name, texts.notes
+        self.fingerprint = f"{texts.fingerprint}-{texts.tokenizer.fingerprint}"
         self.tokenizer = tokenizer or texts.tokenizer.name
 
     @classmethod

@@ -34,8 +34,8 @@ def audit(bundle: Bundle) -> Html:
     """Verdict in words, picture and table for the subject; the others below it."""
     subject = bundle.subject
     lead = (
-        "Look for marks left of the line: each step must lower its own objective, "
-        "measured with that layer’s own parameters on the same images just before and just after it."
+        "Look for marks left of the line: each step must lower its own objective, measured with that "
+        f"layer’s own parameters on the same {subject.sample}s just before and just after it."
     )
     if not subject.rows:
         return section(
@@ -67,7 +67,7 @@ def _count(model: Model) -> str:
         return "" if model.audit.one("verdict").text("text") else said
     by_state = {state: [row.name for row in rows if row.state == state] for state in STATES}
     falls, partly, rises = (by_state[state] for state in ("falls", "partly", "rises"))
-    enough = f"on at least {percent(DESCENDS_FROM)} of the images"
+    enough = f"on at least {percent(DESCENDS_FROM)} of the {model.sample}s"
     if len(falls) == len(rows):
         return f"{_all_of(len(rows))} {enough}."
     parts = [f"{len(falls)} of {plural(len(rows), 'measured step')} lower their objective {enough}"]
@@ -97,7 +97,7 @@ def _measured_on(model: Model) -> str:
     samples, data = model.audit.integer("samples"), model.audit.text("data")
     if samples is None:
         return f"Measured on {data}." if data else ""
-    return f"Measured on {plural(samples, 'image')}{f' of {data}' if data else ''}."
+    return f"Measured on {plural(samples, model.sample)}{f' of {data}' if data else ''}."
 
 
 def picture(model: Model) -> Html:
@@ -112,8 +112,8 @@ def picture(model: Model) -> Html:
     key = tag(
         "p",
         "The vertical line is the value before the step. After it: "
-        f"● lower on at least {percent(DESCENDS_FROM)} of the images. ○ lower, but on fewer. ",
-        tag("span", "▲ higher, on average or on most images.", class_="warn"),
+        f"● lower on at least {percent(DESCENDS_FROM)} of the {model.sample}s. ○ lower, but on fewer. ",
+        tag("span", f"▲ higher, on average or on most {model.sample}s.", class_="warn"),
         class_="legend",
     )
     return tag("div", panels(*shown), key)
@@ -121,7 +121,9 @@ def picture(model: Model) -> Html:
 
 def _panel(model: Model, step: str, rows: list[AuditRow], domain: tuple[float, float]) -> Html:
     pairs = [
-        charts.Pair(_layer(row), row.ratio, row.state, change(row.change), percent(row.descended))
+        charts.Pair(
+            _layer(row), row.ratio, row.state, change(row.change), percent(row.descended), f"{model.sample}s"
+        )
         for row in rows
     ]
     objective = model.audit.one("objectives").text(step) or rows[0].fields.text("objective")
@@ -165,8 +167,8 @@ def audit_table(model: Model) -> Html:
     }
     rows = [list(row) for row in zip(*kept.values(), strict=True)]
     notes = paragraph(
-        "Fell on: share of images on which the objective was lower after the step. Rates in nats; coding "
-        "rate, share of non-zeros, rank, coherence and outliers describe the tokens after the step. "
+        f"Fell on: share of {model.sample}s on which the objective was lower after the step. Rates in nats; "
+        "coding rate, share of non-zeros, rank, coherence and outliers describe the tokens after the step. "
         "Bound: the largest step size for which descent is guaranteed, where there is one.",
         class_="note",
     )

@@ -16,10 +16,39 @@ def data(bundle: Bundle) -> Html:
     fields = bundle.fields.one("data")
     if not fields:
         return Html("")
-    lead = "Look at the number of images per split, and at the files that could not be used."
-    return section(
-        "data", "The data", lead, paragraph(*_sentences(fields)), _classes(fields), _rejects(fields)
-    )
+    of_text = fields.text("kind") == "text"
+    what = "texts" if of_text else "images"
+    lead = f"Look at the number of {what} per split, and at the files that could not be used."
+    said = _sentences_on_text(fields) if of_text else _sentences(fields)
+    return section("data", "The data", lead, paragraph(*said), _classes(fields), _rejects(fields))
+
+
+def _sentences_on_text(fields: Fields) -> list[str]:
+    """Documents, their size, and the words that they were cut into."""
+    name, tokenizer = fields.text("name", "The data"), fields.one("tokenizer")
+    counts = []
+    for split, purpose in (("train", "training"), ("test", "test")):
+        n, size = fields.integer(split), fields.number(f"{split}_bytes")
+        if n is not None:
+            told = f" ({bytes_of(size)})" if size is not None else ""
+            counts.append(f"{plural(n, 'document')} for {purpose}{told}")
+    has = f"{name}: {' and '.join(counts)}" if counts else name
+    classes = fields.values("classes")
+    has += f", in {plural(len(classes), 'class', 'classes')}." if classes else "."
+    words, each = tokenizer.integer("vocab_size"), tokenizer.number("bytes_per_word")
+    read = f"Read by the tokenizer {tokenizer.text('name')}" if tokenizer.text("name") else ""
+    read += f", which knows {plural(words, 'word')}" if read and words is not None else ""
+    read += f" and makes one of {number(each)} bytes of held-out text, in the mean" if read and each else ""
+    digest = tokenizer.text("fingerprint")
+    return [has, f"{read}." if read else "", f"Its fingerprint begins with {digest[:12]}." if digest else ""]
+
+
+def bytes_of(size: float) -> str:
+    """``1.2 MB``, in powers of ten."""
+    for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
+        if size >= 10**power:
+            return f"{number(size / 10**power)} {unit}"
+    return f"{count(size)} bytes"
 
 
 def _sentences(fields: Fields) -> list[str]:

@@ -1,4 +1,4 @@
-"""Learning curves: loss and accuracy on training and test data."""
+"""Learning curves: loss, or bits per byte, and accuracy on training and test data."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ from pellucid.glass import charts
 from pellucid.glass.markup import Html, figure, number, panels, percent, section
 from pellucid.glass.reading import Bundle, Model
 
+FALLS, RISES = ("bits per byte", "loss"), ("accuracy", "word accuracy")
+"""What is drawn of a run: of both the first that was measured."""
+
 
 def learning(bundle: Bundle) -> Html:
     """Two panels, every model in both."""
-    loss, accuracy = _lines(bundle.models, "loss"), _lines(bundle.models, "accuracy")
-    drawn = [_panel("loss", loss), _panel("accuracy", accuracy), _close_up(accuracy)]
+    (falls, loss), (rises, accuracy) = (_measured(bundle.models, keys) for keys in (FALLS, RISES))
+    drawn = [_panel(falls, loss), _panel(rises, accuracy), _close_up(accuracy)]
     drawn = [panel for panel in drawn if panel]
     if not drawn:
         return Html("")
     lead = (
         "Look at the gap: where the dotted training line goes on improving and the solid test line does not, "
-        "the model learns its training images by heart."
+        f"the model learns its training {bundle.subject.sample}s by heart."
     )
     lines = {(s.label, s.faint): s for s in (*loss, *accuracy) if s.points}
     return section(
@@ -26,6 +29,11 @@ def learning(bundle: Bundle) -> Html:
         panels(*drawn),
         charts.legend((s.label, s) for s in lines.values()),
     )
+
+
+def _measured(models: list[Model], keys: tuple[str, ...]) -> tuple[str, list[charts.Series]]:
+    found = [(key, _lines(models, key)) for key in keys]
+    return next((each for each in found if any(series.points for series in each[1])), found[0])
 
 
 def _lines(models: list[Model], key: str) -> list[charts.Series]:
@@ -41,7 +49,7 @@ def _lines(models: list[Model], key: str) -> list[charts.Series]:
 
 
 def _panel(key: str, lines: list[charts.Series]) -> Html:
-    share = key == "accuracy"
+    share = key in RISES
     values = [y for series in lines for _, y in series.points]
     # A loss that falls by more than a factor of fifty shows its end only on a logarithmic axis.
     log = not share and bool(values) and min(values) > 0 and max(values) > 50 * min(values)
@@ -83,13 +91,9 @@ def _after(series: charts.Series, start: float) -> charts.Series:
 
 def _said(series: charts.Series, key: str) -> str:
     """The best and the last value in words."""
-    best = (
-        max(series.points, key=lambda p: p[1])
-        if key == "accuracy"
-        else min(series.points, key=lambda p: p[1])
-    )
+    best = max(series.points, key=lambda p: p[1]) if key in RISES else min(series.points, key=lambda p: p[1])
     last = series.points[-1]
-    show = (lambda v: percent(v, 1)) if key == "accuracy" else number
+    show = (lambda v: percent(v, 1)) if key in RISES else number
     if best[1] == last[1]:
         return f"{series.label}: best at the end, {show(last[1])}."
     return f"{series.label}: best {show(best[1])} at epoch {best[0]:.3g}, {show(last[1])} at the end."

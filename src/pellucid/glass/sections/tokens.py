@@ -27,9 +27,9 @@ class Measure:
 
 
 MEASURES = (
-    Measure("coding_rate", "Coding rate R", "Nats to code all tokens of an image; lower means more compact."),
+    Measure("coding_rate", "Coding rate R", "Nats to code all tokens of {sample}; lower means more compact."),
     Measure("nonzero", "Share of non-zeros", "Lower means sparser.", share=True),
-    Measure("rank", "Numerical rank", "How many directions the tokens of an image really use."),
+    Measure("rank", "Numerical rank", "How many directions the tokens of {sample} really use."),
     Measure("coherence", "Coherence of the subspaces", "0: the heads’ subspaces share no direction."),
     Measure(
         "outliers",
@@ -105,7 +105,9 @@ def _panel(models: list[Model], measure: Measure) -> Html:
     axes = charts.Axes("layer", zero=True, share=measure.share, whole=True)
     title = f"{measure.heading} over the layers"
     drawn = charts.line_chart(title, lines, axes, marks)
-    return figure(measure.heading, drawn, measure.meaning, *said) if drawn else Html("")
+    sample = "a text" if models and models[0].sample == "text" else "an image"
+    meaning = measure.meaning.replace("{sample}", sample)
+    return figure(measure.heading, drawn, meaning, *said) if drawn else Html("")
 
 
 def _columns(points: list[tuple[float, float]]) -> tuple[list[float | None], list[float | None]]:
