@@ -129,6 +129,9 @@ _PROBED_BY = {
 
 _Flat = Parameter(name="*")
 
+BUNDLE_BYTES = 64_000_000
+"""Of a bundle, roughly: inputs beyond it are left out."""
+
 
 @app.command
 def demo(
@@ -460,6 +463,7 @@ def audit(
     data: str | None = None,
     *,
     out: Annotated[Path | None, Parameter(("-o", "--out"))] = None,
+    bundle: Path | None = None,
     limit: int = 256,
     pretrained: bool = False,
     source: Annotated[Source, _Flat] | None = None,
@@ -474,6 +478,8 @@ def audit(
         Images to look at; the run's own test images when left out.
     out
         Write the audit as JSON.
+    bundle
+        Write it with everything that the page shows on some of the images; pellucid view opens the file.
     limit
         Look at no more than so many images.
     pretrained
@@ -484,6 +490,7 @@ def audit(
     from pellucid.measure import audit as hold
 
     _refuse_output(out)
+    _refuse_output(bundle)
     images = _evaluation_data(Path(model), data, source or Source(), labels="optional")
     network = _network(model, pretrained)
     batches = eval_loader(images.test, eval_view(network), batch_size=32, limit=limit)
@@ -496,6 +503,15 @@ def audit(
         say(f"  {line}")
     if out is not None:
         _write(out, json.dumps(result.to_dict(), indent=1) + "\n")
+    if bundle is not None:
+        from pellucid.glass.answers import Answers, Subject, sample_inputs
+        from pellucid.glass.answers import bundle as packed
+
+        subject = Subject(network, result.model, images)
+        known = {0: result.to_dict()}
+        answers = Answers(model, [subject], sample_inputs(images), audit_limit=limit, audits=known)
+        _write(bundle, packed(answers, budget=BUNDLE_BYTES))
+        say(f"bundle: {bundle}, {bundle.stat().st_size / 1e6:.1f} MB; open it with pellucid view {bundle}")
 
 
 @app.command
@@ -524,6 +540,56 @@ def report(
     images = _data_of(subject)
     command = shlex.join(["pellucid", "report", str(run)])
     say(f"report: {_report([subject, *others], images, out or run / 'report.html', command)}")
+
+
+@app.command
+def view(
+    target: str,
+    *images: Path,
+    data: str | None = None,
+    runs: Path | None = None,
+    beside: Annotated[list[Path] | None, Parameter(consume_multiple=False)] = None,
+    port: int | None = None,
+    open_browser: Annotated[bool, Parameter(("--open",), negative=())] = False,
+    pretrained: bool = False,
+    source: Annotated[Source, _Flat] | None = None,
+) -> None:
+    """Open a model in the browser, and look at what each of its steps does. On this machine only.
+
+    Parameters
+    ----------
+    target
+        A run's folder, a folder of runs, a model/ folder, the name of a model (timm's too), or a file that
+        audit --bundle wrote.
+    images
+        Picture files to look at, before some of the test images.
+    data
+        Images to audit the model on; the run's own test images when left out.
+    runs
+        A folder of runs to list; the run's own folder, or the folder of runs that was given, when left out.
+    beside
+        Other runs to stand beside it; those in the run's folder when left out.
+    port
+        On 127.0.0.1; the first free one from 8517 on when left out.
+    open_browser
+        Open the browser too.
+    pretrained
+        With a timm name: its published weights.
+    """
+    from pellucid.glass.opening import open_target
+    from pellucid.glass.server import serve
+
+    answers = open_target(
+        target,
+        images,
+        data=data,
+        runs=runs,
+        beside=beside,
+        pretrained=pretrained,
+        say=say,
+        **vars(source or Source()),
+    )
+    serve(answers, port, say=say, open_browser=open_browser)
 
 
 @app.command
