@@ -132,6 +132,9 @@ _Flat = Parameter(name="*")
 BUNDLE_BYTES = 64_000_000
 """Of a bundle, roughly: inputs beyond it are left out."""
 
+REPORT_BYTES = 1_500_000
+"""The same of the part of a report that can be clicked through."""
+
 
 @app.command
 def demo(
@@ -1162,11 +1165,14 @@ def _shared_sizes(run: Run) -> dict[str, Any]:
 
 
 def _report(runs: list[Run], images: ImageData, path: Path, command: str) -> Path:
+    from pellucid.glass.answers import bundle as packed
     from pellucid.glass.bundle import collect
+    from pellucid.glass.opening import answers_of
     from pellucid.glass.report import render
 
     bundle = collect(runs, images, command=command, progress=say)
-    _write(path, render(bundle))
+    answers = answers_of(runs, images, [model["audit"] for model in bundle["models"]])
+    _write(path, render(bundle, None if answers is None else packed(answers, budget=REPORT_BYTES, half=True)))
     subject = bundle["models"][0]
     if subject["audit"] is not None:
         say(f"audit of {subject['name']}: {subject['audit']['verdict']['text']}")

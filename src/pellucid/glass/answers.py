@@ -256,22 +256,23 @@ class Answers:
             raise NotThere("there is no such run")
         return found
 
-    def all(self, *, budget: int | None = None) -> dict[str, Any]:
+    def all(self, *, budget: int | None = None, half: bool = False) -> dict[str, Any]:
         """Every answer by the path under which the page asks for it.
 
         Args:
             budget: bytes at most, roughly: inputs beyond it are left out, and where a single one does not
                 fit, layers of it, evenly. The first input of the first model always has some.
+            half: bytes are counted as :func:`~pellucid.glass.packed.pack` halves them.
         """
-        return dict(self._all(budget))
+        return dict(self._all(budget, lambda answer: len(pack(answer, half=half))))
 
-    def _all(self, budget: int | None) -> Iterator[tuple[str, Any]]:
+    def _all(self, budget: int | None, size: Callable[[Any], int]) -> Iterator[tuple[str, Any]]:
         overview = self.overview()
         audits = {f"models/{m}/audit": self.audit(m) for m in range(len(self.subjects))}
-        left = math.inf if budget is None else budget - sum(len(pack(a)) for a in audits.values())
+        left = math.inf if budget is None else budget - sum(map(size, audits.values()))
         kept: list[int] = []
         for number in list(self.inputs):
-            looks, took = self._looks(number, math.inf if kept else left)
+            looks, took = self._looks(number, math.inf if kept else left, size)
             if kept and took > left:
                 break
             kept.append(number)
@@ -285,25 +286,25 @@ class Answers:
             yield "runs", self.shelf.list()
             yield from ((f"runs/{name}", self.shelf.curves(name)) for name in self.shelf.names())
 
-    def _looks(self, number: int, most: float) -> tuple[dict[str, Any], int]:
+    def _looks(self, number: int, most: float, size: Callable[[Any], int]) -> tuple[dict[str, Any], int]:
         """All answers on one input, and how many bytes they are; layers evenly thinned to fit ``most``."""
         found: dict[str, Any] = {}
         took = 0
         fitting = [m for m, s in enumerate(self.subjects) if s.reads == self.inputs[number].kind]
         for m in fitting:
             found[f"looks/{m}/{number}"] = look = self.look(m, number)
-            took += len(pack(look))
-            for layer in self._affordable(m, number, most / len(fitting)):
+            took += size(look)
+            for layer in self._affordable(m, number, most / len(fitting), size):
                 found[f"looks/{m}/{number}/layers/{layer}"] = answer = self.layer(m, number, layer)
-                took += len(pack(answer))
+                took += size(answer)
         return found, took
 
-    def _affordable(self, model: int, number: int, most: float) -> list[int]:
+    def _affordable(self, model: int, number: int, most: float, size: Callable[[Any], int]) -> list[int]:
         """Layers of which the answers fit, evenly spaced; at least one."""
         depth = self.subjects[model].depth
         if math.isinf(most):
             return list(range(1, depth + 1))
-        room = max(1, int(most // len(pack(self.layer(model, number, 1)))))
+        room = max(1, int(most // size(self.layer(model, number, 1))))
         return sorted({round(i) for i in np.linspace(depth if room == 1 else 1, depth, min(room, depth))})
 
     def _subject(self, model: int) -> Subject:
@@ -318,9 +319,9 @@ class Answers:
             raise NotThere(f"there is no input {number}, or no more") from None
 
 
-def bundle(answers: Answers, *, budget: int | None = None) -> bytes:
-    """All answers as one file; see ``docs/bundle.md``."""
-    return pack({"format": FORMAT, "answers": answers.all(budget=budget)})
+def bundle(answers: Answers, *, budget: int | None = None, half: bool = False) -> bytes:
+    """All answers as one file; see ``docs/bundle.md``. Arguments as :meth:`Answers.all`."""
+    return pack({"format": FORMAT, "answers": answers.all(budget=budget, half=half)}, half=half)
 
 
 def sample_inputs(data: ImageData, count: int = SAMPLES) -> list[Input]:
@@ -354,6 +355,7 @@ def _about(subject: Subject) -> dict[str, Any]:
         "data": None if subject.data is None else subject.data.name,
         "accuracy": None,
         "seconds": None,
+        "fresh": False,
         **subject.about,
     }
 

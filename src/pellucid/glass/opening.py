@@ -79,12 +79,12 @@ def open_target(
         if run_folder is None:
             say(f"no finished run in {path} yet: the page shows how they go")
         else:
-            run = open_run(run_folder)
+            run = _run(run_folder)
             found = loaded(run)
-            subjects.append(subject_of(_readable(run), found))
+            subjects.append(subject_of(run, found))
             others = sorted(run_folder.glob("beside-*")) if beside is None else beside
             subjects += [
-                subject_of(_readable(open_run(other)), found)
+                subject_of(_run(other), found)
                 for other in others
                 if beside is not None or (other / "model" / "config.json").is_file()
             ]
@@ -92,8 +92,10 @@ def open_target(
         found = loaded(None)
         model: Any = load(path) if path.is_dir() else create_model(target, pretrained=pretrained)
         name = getattr(model, "architecture", target)
-        subjects.append(Subject(_looked_into(model, target).eval(), name, found))
-        subjects += [subject_of(_readable(open_run(other)), found) for other in beside or ()]
+        fresh = not path.is_dir() and not pretrained
+        subject = Subject(_looked_into(model, target).eval(), name, found, {"fresh": fresh})
+        subjects.append(subject)
+        subjects += [subject_of(_run(other), found) for other in beside or ()]
     samples = sample_inputs(subjects[0].data) if subjects and subjects[0].data is not None else []
     return Answers(title, subjects, [*given, *samples], shelf=shelf, takes_inputs=bool(subjects))
 
@@ -172,6 +174,10 @@ def _latest(path: Path) -> Path | None:
         raise ConfigError(f"{path} holds no run and no model - name the folder that train made")
     done = [run for run in runs if (run / "model" / "config.json").is_file()]
     return max(done, key=lambda run: (run / "model" / "config.json").stat().st_mtime, default=None)
+
+
+def _run(path: Path) -> Run:
+    return _readable(open_run(path))
 
 
 def _readable(run: Run) -> Run:

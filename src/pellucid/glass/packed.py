@@ -33,12 +33,22 @@ MEDIA_TYPE = "application/vnd.pellucid"
 _PREFIX = struct.Struct("<8sII")
 _ALIGN = 8
 
+HALF_MAX = 65504.0
+"""The largest number that a float16 holds."""
 
-def pack(content: Any) -> bytes:
+SOME = 256
+"""Floats of an array that is worth halving."""
+
+
+def pack(content: Any, *, half: bool = False) -> bytes:
     """``content`` as bytes: dicts, lists, text, numbers, and arrays (NumPy's or tensors) among them.
 
     Numbers that are not finite become null, as in any JSON; arrays keep theirs. float64 arrays become
     float32, bool becomes uint8, other integers int32.
+
+    Args:
+        content: what to pack.
+        half: arrays of at least 256 floats as float16, where that holds them: half the bytes, three digits.
 
     Raises:
         DataError: an integer that 32 bits do not hold, or a dict that would read as an array.
@@ -50,6 +60,8 @@ def pack(content: Any) -> bytes:
     def place(array: np.ndarray) -> dict[str, int]:
         nonlocal at
         array = _narrowed(array)
+        if half and array.dtype == np.float32 and array.size >= SOME and _fits_half(array):
+            array = array.astype(np.float16)
         data = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
         entries.append({"dtype": array.dtype.name, "shape": list(array.shape), "offset": at})
         pieces.append(data + bytes(-len(data) % _ALIGN))
@@ -110,6 +122,11 @@ def _narrowed(array: np.ndarray) -> np.ndarray:
     if array.size and not -(2**31) <= int(array.min()) <= int(array.max()) < 2**31:
         raise DataError("an integer in the bundle needs more than 32 bits")
     return array.astype(np.int32)
+
+
+def _fits_half(array: np.ndarray) -> bool:
+    sizes = np.abs(array[np.isfinite(array)])
+    return sizes.size == 0 or float(sizes.max()) < HALF_MAX
 
 
 def _array(data: bytes, start: int, entry: dict[str, Any]) -> np.ndarray:
