@@ -135,6 +135,17 @@ def test_every_answer_is_what_was_measured(client, answers):
     assert audit["atoms"]["1"]["images"].max() < len(audit["gallery"])
 
 
+def test_every_token_of_every_model_has_a_name(digits):
+    names = ("crate_digits", "vit_digits", "tost_digits", "crate_strict_digits", "crate_alpha_digits")
+    opened = [Subject(create_model(name).eval(), name, digits) for name in names]
+    answers = Answers("t", opened, sample_inputs(digits, 1))
+    for m, name in enumerate(names):
+        look = answers.look(m, 0)
+        assert look["grid"] == [4, 4]
+        assert look["prefix"] == ([] if name == "tost_digits" else ["class"])
+        assert look["norms"].shape[1] == 16 + len(look["prefix"])
+
+
 def test_the_gallery_shows_the_images_that_were_looked_at(answers, digits):
     found = answers.audit(0)
     loader_order = [int(i * len(digits.test) // 20) for i in range(20)]

@@ -424,9 +424,9 @@ def _classes(model: Any) -> list[str]:
 
 
 def _prefix(model: Any) -> list[str]:
-    """What the tokens in front of the patches are called."""
-    count = getattr(model, "num_prefix_tokens", 0)
+    """What the layers' tokens in front of the patches are called; ToST's class token joins behind them."""
     home, name = (model.embed, "class_token") if hasattr(model, "embed") else (model, "cls_token")
+    count = getattr(home, "num_prefix_tokens", 0)
     has_class = count > 0 and getattr(home, name, None) is not None
     registers = count - int(has_class)
     return ["class"] * has_class + [f"register {i}" for i in range(1, registers + 1)]
