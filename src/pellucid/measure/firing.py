@@ -99,6 +99,7 @@ def strongest(
     signed = any(isinstance(step, SoftISTA) for step in model.modules())
     found: dict[int, _Strongest] = {}
     seen = patches = 0
+    images: Any
     for images in input_batches(batches, device, limit):
         cache = run_with_cache(model, images, lambda name: name.endswith("mlp.hook_post"))[1]
         for name, codes in cache.items():
