@@ -27,11 +27,13 @@ MAY_IMPORT = {
     "comparison": {"glass", "measure", "training", "data", "models"},
     "probing": {"glass", "measure", "training", "data", "models"},
     "embedding": {"glass", "measure", "training", "data", "models"},
+    "segmenting": {"glass", "measure", "training", "data", "models"},
     "writing": {"data", "models"},
     "fitting": {"analytic", "glass", "measure", "training", "data", "steps", "objectives"},
     "cli": {
         "comparison",
         "embedding",
+        "segmenting",
         "fitting",
         "probing",
         "writing",

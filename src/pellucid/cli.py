@@ -129,6 +129,12 @@ _PROBED_BY = {
 
 _Flat = Parameter(name="*")
 
+BUNDLE_BYTES = 64_000_000
+"""Of a bundle, roughly: inputs beyond it are left out."""
+
+REPORT_BYTES = 1_500_000
+"""The same of the part of a report that can be clicked through."""
+
 
 @app.command
 def demo(
@@ -445,6 +451,74 @@ def neighbours(
         say(f"sheet: {out}")
 
 
+@dataclasses.dataclass(kw_only=True)
+class Cutting:
+    """How pictures are cut into things.
+
+    Attributes:
+        methods: heads, maskcut, tokencut, pca; all of them when left out.
+        layer: which one is read, from 1 [default: the last but one of a white box, the last of a ViT].
+        size: shorter side at which the model sees a picture, in pixels; more is finer [default: as trained].
+        threshold: a head's mask holds a share of the patches (count) or of its attention (mass).
+        share: that share.
+        tau: cosine from which on patches are alike [default: 0.15 in maskcut, 0.2 in tokencut].
+        masks: of maskcut, at most.
+    """
+
+    methods: Annotated[
+        list[Literal["heads", "maskcut", "tokencut", "pca"]] | None, Parameter(consume_multiple=True)
+    ] = None
+    layer: int | None = None
+    size: int | None = None
+    threshold: Literal["count", "mass"] = "count"
+    share: float = 0.6
+    tau: float | None = None
+    masks: int = 3
+
+
+@app.command
+def segment(
+    model: str,
+    *images: Path,
+    out: Annotated[Path, Parameter(("-o", "--out"))],
+    pretrained: bool = False,
+    overwrite: bool = False,
+    cutting: Annotated[Cutting, _Flat] | None = None,
+) -> None:
+    """Cut pictures into things, with a model that was never shown a mask.
+
+    Parameters
+    ----------
+    model
+        A run's folder, a model/ folder, or an architecture's name.
+    images
+        Picture files of any size.
+    out
+        A new folder for masks (PNG and COCO JSON), overlays and index.html, which shows all of it.
+    pretrained
+        With a name of timm's: fetch its published weights.
+    overwrite
+        Replace the folder, if segment wrote it and nothing else lies in it.
+    """
+    from pellucid.segmenting import METHODS, Options, refuse_folder
+    from pellucid.segmenting import segment as cut
+
+    asked = cutting or Cutting()
+    given: dict[str, Any] = dict(vars(asked))
+    options = Options(by=given.pop("threshold"), methods=given.pop("methods") or METHODS, **given)
+    refuse_folder(out, overwrite)
+    if not images:
+        raise ConfigError("no images given - name at least one file")
+    network: Any = _network(model, pretrained)
+    with _bar(len(images), "image") as step:
+        done = cut(network.eval(), images, out, options, overwrite=overwrite, progress=step)
+    masks = ", ".join(f"{method} {count}" for method, count in done.masks.items())
+    say(f"{done.images} pictures, masks: {masks}")
+    say(f"the sheet: {done.out / 'index.html'}")
+    if done.unread:
+        _refuse_unread([f"{name}: {reason}" for name, reason in done.unread], len(images))
+
+
 @app.command
 def predict(run: Path, *images: Path, top: int = 3) -> None:
     """What a trained model sees in images.
@@ -480,12 +554,7 @@ def predict(run: Path, *images: Path, top: int = 3) -> None:
         best = chances.argsort(descending=True)[:top].tolist()
         say(f"{show_name(path)}: " + ", ".join(f"{names[i]} {chances[i]:.1%}" for i in best))
     if unread:
-        more = f"\n  and {len(unread) - 3} more" if len(unread) > 3 else ""
-        raise DataError(
-            f"{len(unread)} of {len(images)} images could not be read - get them again, or leave them out\n  "
-            + "\n  ".join(unread[:3])
-            + more
-        )
+        _refuse_unread(unread, len(images))
 
 
 @app.command
@@ -549,6 +618,7 @@ def audit(
     data: str | None = None,
     *,
     out: Annotated[Path | None, Parameter(("-o", "--out"))] = None,
+    bundle: Path | None = None,
     limit: int = 256,
     pretrained: bool = False,
     source: Annotated[Source, _Flat] | None = None,
@@ -563,6 +633,8 @@ def audit(
         Images or texts to look at; the run's own held-out ones when left out.
     out
         Write the audit as JSON.
+    bundle
+        Write it with everything that the page shows on some of the images; pellucid view opens the file.
     limit
         Look at no more than so many images, or rows of text.
     pretrained
@@ -571,9 +643,12 @@ def audit(
     from pellucid.measure import audit as hold
 
     _refuse_output(out)
-    network, batches, count, name = _audited(model, pretrained, data, limit, source or Source())
+    _refuse_output(bundle)
+    network, batches, count, looked_at = _audited(model, pretrained, data, limit, source or Source())
+    if bundle is not None and _reads_text(network):
+        raise ConfigError("--bundle is of images, and this model reads text - leave it out")
     with _bar(count, "image") as step:
-        result = hold(network, batches, data=name, progress=step)
+        result = hold(network, batches, data=looked_at.name, progress=step)
     say(result.table())
     say("")
     say(result.verdict["text"])
@@ -581,12 +656,21 @@ def audit(
         say(f"  {line}")
     if out is not None:
         _write(out, json.dumps(result.to_dict(), indent=1) + "\n")
+    if bundle is not None:
+        from pellucid.glass.answers import Answers, Subject, sample_inputs
+        from pellucid.glass.answers import bundle as packed
+
+        subject = Subject(network, result.model, looked_at)
+        known = {0: result.to_dict()}
+        answers = Answers(model, [subject], sample_inputs(looked_at), audit_limit=limit, audits=known)
+        _write(bundle, packed(answers, budget=BUNDLE_BYTES))
+        say(f"bundle: {bundle}, {bundle.stat().st_size / 1e6:.1f} MB; open it with pellucid view {bundle}")
 
 
 def _audited(
     model: str, pretrained: bool, data: str | None, limit: int, source: Source
-) -> tuple[Any, Any, int, str]:
-    """A network, batches to look at, how many they hold, and what they are called."""
+) -> tuple[Any, Any, int, Any]:
+    """A network, batches to look at, how many rows they hold, and the data that they are of."""
     from pellucid.data import eval_loader
     from pellucid.glass.feed import eval_view
 
@@ -594,11 +678,11 @@ def _audited(
         network = _network(model, pretrained)
         if _reads_text(network):
             windows, texts = _text_windows(network, Path(model), data, source)
-            return network, _text_batches(windows, 8, limit), min(limit, len(windows)), texts.name
+            return network, _text_batches(windows, 8, limit), min(limit, len(windows)), texts
     images = _evaluation_data(Path(model), data, source, labels="optional")
     network = _network(model, pretrained)
     batches = eval_loader(images.test, eval_view(network), batch_size=32, limit=limit)
-    return network, batches, min(limit, len(images.test)), images.name
+    return network, batches, min(limit, len(images.test)), images
 
 
 @app.command
@@ -626,6 +710,56 @@ def report(
     others = [open_run(path) for path in (beside if beside is not None else sorted(run.glob("beside-*")))]
     command = shlex.join(["pellucid", "report", str(run)])
     say(f"report: {_report([subject, *others], _data_of(subject), out or run / 'report.html', command)}")
+
+
+@app.command
+def view(
+    target: str,
+    *images: Path,
+    data: str | None = None,
+    runs: Path | None = None,
+    beside: Annotated[list[Path] | None, Parameter(consume_multiple=False)] = None,
+    port: int | None = None,
+    open_browser: Annotated[bool, Parameter(("--open",), negative=())] = False,
+    pretrained: bool = False,
+    source: Annotated[Source, _Flat] | None = None,
+) -> None:
+    """Open a model in the browser, and look at what each of its steps does. On this machine only.
+
+    Parameters
+    ----------
+    target
+        A run's folder, a folder of runs, a model/ folder, the name of a model (timm's too), or a file that
+        audit --bundle wrote.
+    images
+        Picture files to look at, before some of the test images.
+    data
+        Images to audit the model on; the run's own test images when left out.
+    runs
+        A folder of runs to list; the run's own folder, or the folder of runs that was given, when left out.
+    beside
+        Other runs to stand beside it; those in the run's folder when left out.
+    port
+        On 127.0.0.1; the first free one from 8517 on when left out.
+    open_browser
+        Open the browser too.
+    pretrained
+        With a timm name: its published weights.
+    """
+    from pellucid.glass.opening import open_target
+    from pellucid.glass.server import serve
+
+    answers = open_target(
+        target,
+        images,
+        data=data,
+        runs=runs,
+        beside=beside,
+        pretrained=pretrained,
+        say=say,
+        **vars(source or Source()),
+    )
+    serve(answers, port, say=say, open_browser=open_browser)
 
 
 @app.command
@@ -1272,15 +1406,19 @@ def _shared_sizes(run: Run) -> dict[str, Any]:
 
 def _report(runs: list[Run], data: ImageData | TextData, path: Path, command: str) -> Path:
     from pellucid.data import TextData
+    from pellucid.glass.answers import bundle as packed
     from pellucid.glass.bundle import collect
     from pellucid.glass.language import collect_text
+    from pellucid.glass.opening import answers_of
     from pellucid.glass.report import render
 
     if isinstance(data, TextData):
         bundle = collect_text(runs, data, command=command, progress=say)
+        answers = None
     else:
         bundle = collect(runs, data, command=command, progress=say)
-    _write(path, render(bundle))
+        answers = answers_of(runs, data, [model["audit"] for model in bundle["models"]])
+    _write(path, render(bundle, None if answers is None else packed(answers, budget=REPORT_BYTES, half=True)))
     subject = bundle["models"][0]
     if subject["audit"] is not None:
         say(f"audit of {subject['name']}: {subject['audit']['verdict']['text']}")
@@ -1582,6 +1720,16 @@ def _with(name: str, options: Any, given: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(options, dict | None):
         raise ConfigError(f"{name} is {options!r}; expected options such as 'depth: 6'")
     return {**(options or {}), **given}
+
+
+def _refuse_unread(unread: list[str], images: int) -> None:
+    """At the end, when the others are done: the pictures that could not be read."""
+    more = f"\n  and {len(unread) - 3} more" if len(unread) > 3 else ""
+    raise DataError(
+        f"{len(unread)} of {images} images could not be read - get them again, or leave them out\n  "
+        + "\n  ".join(unread[:3])
+        + more
+    )
 
 
 def _refuse_output(path: Path | None) -> None:

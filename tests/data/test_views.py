@@ -355,3 +355,14 @@ def test_what_cannot_be():
     ]:
         with pytest.raises(ConfigError, match=text):
             View(**({"img_size": (8, 8), "in_chans": 1, "mean": (0.0,), "std": (1.0,)} | options))
+
+
+def test_the_whole_picture_at_any_size():
+    view = View((8, 8), 3, (0.5,) * 3, (0.5,) * 3).at((4, 6))
+    image = torch.full((1, 20, 30), 255, dtype=torch.uint8)
+    image[..., :15] = 0
+    seen = view.whole(image)
+    assert seen.shape == (1, 3, 4, 6)
+    assert (seen[..., 0] < -0.9).all()
+    assert (seen[..., -1] > 0.9).all()
+    assert view.whole(torch.zeros(3, 1, 5000, dtype=torch.uint8)).shape == (1, 3, 4, 6)

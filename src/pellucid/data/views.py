@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -109,6 +109,14 @@ class View:
         if isinstance(images, torch.Tensor) and images.shape[-2:] == self.img_size:
             return self.channels(images)
         return torch.stack([_fit(to_channels(image, self.in_chans), self.img_size) for image in images])
+
+    def at(self, img_size: tuple[int, int]) -> View:
+        """The same view at another height and width."""
+        return replace(self, img_size=img_size)
+
+    def whole(self, image: torch.Tensor) -> torch.Tensor:
+        """float32 ``(1, in_chans, *img_size)``: all of one picture, stretched where its shape is another."""
+        return self.normalised(_resize(to_channels(image, self.in_chans), self.img_size)[None])
 
     def cropped(self, images: Pictures, uniform: Uniform) -> torch.Tensor:
         """uint8 ``(b, in_chans, *img_size)``: of each picture a random part."""

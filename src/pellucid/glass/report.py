@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 
-from pellucid.glass.markup import Html, tag
+from pellucid.glass.markup import Html, section, tag
 from pellucid.glass.reading import Bundle
 from pellucid.glass.sections.accuracy import accuracy
 from pellucid.glass.sections.atoms import atoms
@@ -81,20 +82,25 @@ FIT_SECTIONS = {
 """The same for the page on one fitted estimator."""
 
 
-def render(bundle: dict) -> str:
+def render(bundle: dict, inside: bytes | None = None) -> str:
     """The report on the models of ``bundle`` as the text of one HTML file (write it as UTF-8).
 
     Any field of the bundle may be missing or ``None``, any number NaN: what needs it is left out.
-    Every string is shown as text; no string of the bundle becomes markup. The only script and style are
-    the two files beside this module; the page's own policy forbids any other and any request.
+    Every string is shown as text; no string of the bundle becomes markup. The only scripts and styles are
+    those beside this module and in ``static/``; the page's own policy forbids any other and any request.
     The first model is the subject, the others stand beside it. Typically 0.1 to 1 MB.
+
+    Args:
+        bundle: see ``docs/bundle.md``.
+        inside: answers as :func:`pellucid.glass.answers.bundle` packs them; with them the report holds the
+            page of ``pellucid view``, to click through. Typically 1 to 2 MB more.
     """
     read = Bundle.read(bundle)
     title = read.fields.text("title", read.subject.label)
     if read.subject.text:
         return _page(title, text_headline(read), read, TEXT_SECTIONS)
     sections = UNLABELLED_SECTIONS if read.subject.unlabelled else SECTIONS
-    return _page(title, headline(read), read, sections)
+    return _page(title, headline(read), read, sections, inside)
 
 
 def render_comparison(bundle: dict) -> str:
@@ -110,8 +116,18 @@ def render_fit(bundle: dict) -> str:
     return _page(read.fields.text("title", "fit"), fitted(read), read, FIT_SECTIONS)
 
 
-def _page(title: str, header: Html, read: Bundle, sections: Mapping[str, tuple[str, Maker]]) -> str:
-    made = {anchor: (name, make(read)) for anchor, (name, make) in sections.items()}
+def _page(
+    title: str,
+    header: Html,
+    read: Bundle,
+    sections: Mapping[str, tuple[str, Maker]],
+    inside: bytes | None = None,
+) -> str:
+    made: dict[str, tuple[str, Html]] = {}
+    for anchor, (name, make) in sections.items():
+        if anchor == "data" and inside is not None:
+            made["inside"] = ("look inside", _glass(inside))
+        made[anchor] = (name, make(read))
     shown = {anchor: (name, body) for anchor, (name, body) in made.items() if body}
     contents = tag(
         "nav",
@@ -119,7 +135,23 @@ def _page(title: str, header: Html, read: Bundle, sections: Mapping[str, tuple[s
         aria_label="Contents",
     )
     main = tag("main", header, contents if shown else "", *(body for _, body in shown.values()))
-    return _document(title, main)
+    return _document(title, main, interactive=inside is not None)
+
+
+def _glass(inside: bytes) -> Html:
+    """The page of ``pellucid view`` with its answers, which the browser unpacks itself."""
+    lead = (
+        "Click a patch, a head, an atom: this shows what a step does with it. The address keeps the choice."
+    )
+    data = base64.b64encode(gzip.compress(inside, 9, mtime=0)).decode("ascii")
+    waiting = tag("p", "This part needs a script. Everything else in this report does not.", class_="note")
+    return section(
+        "inside",
+        "Look inside",
+        lead,
+        tag("div", waiting, id="glass", class_="glass"),
+        tag("script", Html(data), type="application/gzip", id="glass-data"),
+    )
 
 
 def render_page(title: str, *body: str) -> str:
@@ -127,27 +159,31 @@ def render_page(title: str, *body: str) -> str:
     return _document(title, tag("main", *body))
 
 
-def _document(title: str, main: Html) -> str:
-    head = _head(f"{title} – pellucid report")
-    return "<!DOCTYPE html>\n" + tag("html", head, tag("body", main, _script()), lang="en") + "\n"
+def _document(title: str, main: Html, *, interactive: bool = False) -> str:
+    own = ["report", *(["static/glass"] if interactive else [])]
+    head = _head(f"{title} – pellucid report", own)
+    scripts = [tag("script", Html(_file(f"{name}.js"))) for name in own]
+    return "<!DOCTYPE html>\n" + tag("html", head, tag("body", main, *scripts), lang="en") + "\n"
 
 
-def _head(title: str) -> Html:
+def _head(title: str, own: list[str]) -> Html:
     return tag(
         "head",
         tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_policy()),
+        tag("meta", http_equiv="Content-Security-Policy", content=_policy(own)),
         tag("meta", name_="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name_="color-scheme", content="light dark"),
         tag("title", title),
-        tag("style", Html(_file("report.css"))),
+        *(tag("style", Html(_file(f"{name}.css"))) for name in own),
     )
 
 
-def _policy() -> str:
-    """Nothing from any host; one style, one script, both named by their hash; pictures inside the file."""
-    allowed = {"script-src": _file("report.js"), "style-src": _file("report.css")}
-    hashed = [f"{kind} 'sha256-{_digest(text)}'" for kind, text in allowed.items()]
+def _policy(own: list[str]) -> str:
+    """Nothing from any host; our styles and scripts, each named by its hash; pictures inside the file."""
+    hashed = [
+        f"{kind} " + " ".join(f"'sha256-{_digest(_file(name + suffix))}'" for name in own)
+        for kind, suffix in {"script-src": ".js", "style-src": ".css"}.items()
+    ]
     return "; ".join(
         ["default-src 'none'", *hashed, "img-src data:", "base-uri 'none'", "form-action 'none'"]
     )
@@ -157,13 +193,9 @@ def _digest(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
 
 
-def _script() -> Html:
-    return tag("script", Html(_file("report.js")))
-
-
 @cache
 def _file(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
 __all__ = ["render", "render_comparison", "render_fit", "render_page"]

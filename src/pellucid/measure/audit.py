@@ -72,7 +72,8 @@ class Audit:
             is guaranteed below it from a feasible start; None where it is only measured).
         verdict: ``descends`` (True, False, or None without objectives), ``text``, ``details``.
         spectra: mean singular values of the tokens after each step, largest first.
-        norms: histogram of token norms, relative to the median of each sample, after each step.
+        norms: histogram of token norms, relative to the median of each sample, after each step; ``mean`` is
+            their mean as they are.
         unit: what a sample is called, ``images`` or ``texts``.
     """
 
@@ -218,6 +219,7 @@ class _Look:
         singular = singular_values(tokens)
         norms = tokens.norm(dim=-1)
         relative = norms / norms.median(-1, keepdim=True).values.clamp_min(1e-12)
+        self._keep("norm", norms.mean(-1))
         self._keep("coding_rate", coding_rate(F.normalize(tokens, dim=-1), RATE_EPS))
         code = tokens
         if record is not None and isinstance(record.step, OvercompleteISTA):
@@ -261,7 +263,8 @@ class _Look:
         top = max(2.0, float(relative.max()))
         counts = torch.histc(relative, bins, 0, top).long().tolist()
         edges = torch.linspace(0, top, bins + 1).tolist()
-        return {"layer": self.layer, "step": self.name, "edges": edges, "counts": counts}
+        mean = torch.cat(self.values["norm"]).double().mean().item()
+        return {"layer": self.layer, "step": self.name, "edges": edges, "counts": counts, "mean": mean}
 
     def _keep(self, key: str, values: Tensor) -> None:
         self.values.setdefault(key, []).append(values.cpu())

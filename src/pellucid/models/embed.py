@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+import copy
+from itertools import chain, pairwise
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,8 @@ from jaxtyping import Bool, Float
 from timm.layers import resample_abs_pos_embed, to_2tuple
 from timm.models.xcit import PositionalEncodingFourier
 from torch import Tensor, nn
+
+from pellucid.errors import ConfigError
 
 Size = int | tuple[int, int] | list[int]  # a list: as JSON and YAML give a pair back
 StemName = Literal["linear", "conv", "conv_bn"]
@@ -31,6 +34,29 @@ def patch_grid(model: Any) -> tuple[int, int]:
     """Rows and columns of patches at that size, of a model that has them."""
     rows, columns = embedding(model).grid_size
     return int(rows), int(columns)
+
+
+@torch.no_grad()
+def resized(model: Any, img_size: tuple[int, int]) -> Any:
+    """The model for images of another size: positions resampled, all other weights its own, no copies.
+
+    Args:
+        model: ours or timm's; left as it is, and returned itself where it has that size already.
+        img_size: height and width, multiples of a patch.
+
+    Raises:
+        ConfigError: a model of another kind.
+    """
+    if image_size(model) == img_size:
+        return model
+    if not hasattr(model, "set_input_size") or getattr(embedding(model), "patch_size", None) is None:
+        raise ConfigError(
+            f"{type(model).__name__} takes images of {image_size(model)} only - take CRATE, ToST, a timm ViT"
+        )
+    shared = {id(weight): weight for weight in chain(model.parameters(), model.buffers())}
+    other = copy.deepcopy(model, shared)  # what stands in the memo is not copied
+    other.set_input_size(img_size)
+    return other
 
 
 def patchify(images: Float[Tensor, "b c h w"], patch_size: tuple[int, int]) -> Float[Tensor, "b n q"]:
