@@ -1,6 +1,7 @@
 """Sparse codes beside scikit-learn's coordinate descent, and held to their own certificate."""
 
 import pickle  # noqa: TID251 - an estimator must survive it
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,13 +13,16 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import Lasso
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+from pellucid.analytic import sparse_coding
 from pellucid.analytic.sparse_coding import SparseCoder, cosine_basis, sparse_code
 from pellucid.objectives import lasso, lasso_gap
 from pellucid.steps import Momentum, SoftISTA, unroll
 
 signs = pytest.mark.parametrize("nonnegative", [False, True])
 solvers = pytest.mark.parametrize(
-    "options", [{}, {"exact": False}, {"method": "ista"}, {"method": "ista", "exact": False}], ids=str
+    "options",
+    [{"method": method, "exact": exact} for method in ("blocks", "fista", "ista") for exact in (True, False)],
+    ids=str,
 )
 
 
@@ -125,6 +129,27 @@ def test_a_face_finishes_what_momentum_began():
     )
     torch.testing.assert_close(finished.codes, alone.codes, rtol=0, atol=1e-5)
     assert finished.iterations.double().mean() < 0.4 * alone.iterations.double().mean()
+
+
+@signs
+def test_sweeps_never_raise_the_lasso_where_momentum_would(nonnegative, monkeypatch):
+    monkeypatch.setattr(sparse_coding, "REACH", 1.9)
+    monkeypatch.setattr(sparse_coding, "MOMENTUM", 0.95)  # without the guard it grows beyond all bounds
+    X, D = problem(60)
+    values = []
+    for max_iter in (20, 21, 22, 40, 41, 42, 90, 200):
+        codes = sparse_code(X, D, 0.05, nonnegative=nonnegative, exact=False, max_iter=max_iter).codes
+        values.append(lasso(codes[:, None], X[:, None], D, 0.05))
+    for before, after in pairwise(values):
+        assert (after <= before * (1 + 1e-12)).all()
+
+
+def test_sweeps_find_the_face_before_fista():
+    X, D = problem(60, 30, 60)
+    swept, stepped = (
+        sparse_code(X, D, 0.05, method=method).iterations.double().mean() for method in ("blocks", "fista")
+    )
+    assert swept < 0.6 * stepped
 
 
 def test_equal_atoms_make_no_face_singular_for_long():

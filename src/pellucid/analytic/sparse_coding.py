@@ -2,10 +2,10 @@ r"""Sparse coding: the fewest atoms that explain a signal, as the LASSO asks for
 
 .. math:: \min_z \tfrac12\|x - D z\|^2 + \lambda \|z\|_1
 
-Three ideas, each for what it is good at. *FISTA* runs on all signals at once as products of matrices, and
-finds which atoms take part. Once those and their signs are known the LASSO is a quadratic *on a face* of the
-l1 ball, and one small linear system finishes exactly. The *duality gap* says when a signal is done, and those
-that are done leave the batch.
+Three ideas, each for what it is good at. *Sweeps* over blocks of atoms run on all signals at once, as
+products of matrices, and find which atoms take part. Once those and their signs are known the LASSO is a
+quadratic *on a face* of the l1 ball, and one small linear system finishes exactly. The *duality gap* says
+when a signal is done, and those that are done leave the batch.
 """
 
 from __future__ import annotations
@@ -25,16 +25,37 @@ from pellucid.objectives.reconstruction import lasso, lasso_gap
 from pellucid.steps.ista import ISTA, Momentum, SoftISTA
 from pellucid.steps.step import unroll
 
-METHODS = ("fista", "ista")
+METHODS = ("blocks", "fista", "ista")
 
 BATCH = 256
-"""Signals that are coded together on a CPU: as many as keep the arrays in its cache."""
+"""Signals whose gap is measured together on a CPU: as many as keep the arrays in its cache."""
+
+TOGETHER = {"blocks": 2048, "fista": 256, "ista": 256}
+"""Signals that are stepped together on a CPU: few keep to its cache, and sweeps take more calls."""
+
+BLOCK = 16
+"""Atoms that a sweep moves at once."""
+
+REACH = 1.4
+"""Step size of a block in units of 1 / ||D_b||^2; below 2 each step descends."""
+
+MOMENTUM = 0.6
+"""Share of the last sweep's move that is made once more before the next."""
+
+LONG = 20
+"""Steps between two looks from which on they are taken in the signals' own precision."""
 
 NEAR = 0.003
 """Share of the zero code's objective that the gap must fall below before a face is worth solving on."""
 
+SETTLED = 2
+"""Atoms that may still have changed sign in the last two sweeps where a face is worth solving on."""
+
 LARGEST_FACE = 96
 """Atoms in the largest linear system that is solved."""
+
+SYSTEMS = 128
+"""Systems of like size that are padded to the largest and solved together on a CPU."""
 
 
 class SparseCodes(NamedTuple):
@@ -44,7 +65,7 @@ class SparseCodes(NamedTuple):
         codes: ``(n, m)``.
         gap: duality gap of each signal ``(n,)``, measured in float64; its LASSO is at most that far above its
             minimum.
-        iterations: ISTA steps that each signal took ``(n,)``.
+        iterations: steps or sweeps that each signal took ``(n,)``.
     """
 
     codes: Tensor
@@ -58,7 +79,7 @@ def sparse_code(
     sparsity: float,
     *,
     nonnegative: bool = False,
-    method: str = "fista",
+    method: str = "blocks",
     tol: float = 1e-6,
     max_iter: int = 2000,
     start: Tensor | None = None,
@@ -75,11 +96,12 @@ def sparse_code(
         dictionary: atoms in columns ``(d, m)``.
         sparsity: :math:`\lambda`, the price of one unit of code. Positive.
         nonnegative: codes without negative entries.
-        method: ``fista``, or ``ista`` without momentum. The step size is 1 / ||D||^2.
+        method: ``blocks`` sweeps over blocks of atoms, each with its own step size; ``fista``
+            takes steps of all atoms, of size 1 / ||D||^2, with momentum; ``ista`` without.
         tol: see above.
-        max_iter: steps for each signal.
+        max_iter: steps or sweeps for each signal.
         start: codes to begin with ``(n, m)``; zero unless given.
-        exact: finish on faces. Without it, ISTA or FISTA alone.
+        exact: finish on faces. Without it, the method alone.
 
     Raises:
         ConfigError: an unknown method, a price or tolerance that is not positive, an empty dictionary.
@@ -97,22 +119,21 @@ def sparse_code(
     solver.begin(codes)
     gap = torch.full((len(X),), float("inf"), dtype=torch.float64, device=X.device)
     iterations = torch.zeros(len(X), dtype=torch.long, device=X.device)
-    batch = BATCH if X.device.type == "cpu" else 64 * BATCH
     if start is not None:
         gap = solver.gap(codes, X)
-    open_ = (gap > allowed).nonzero()[:, 0]
-    for length in _blocks(max_iter):
+    open_ = (~(gap <= allowed)).nonzero()[:, 0]
+    for length in solver.walk.lengths(max_iter):
         if not len(open_):
             break
-        for rows in open_.split(batch):
+        for rows in open_.split(solver.together):
             codes[rows], gap[rows] = solver.advance(codes[rows], X[rows], rows, length)
             iterations[rows] += length
-        open_ = open_[gap[open_] > allowed[open_]]
+        open_ = open_[~(gap[open_] <= allowed[open_])]
     return SparseCodes(codes, gap, iterations)
 
 
 class SparseCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Estimator):
-    r"""Sparse codes in a given dictionary, by ISTA or FISTA, certified by their duality gap.
+    r"""Sparse codes in a given dictionary, certified by their duality gap.
 
     Args:
         dictionary: atoms in columns ``(d, m)``, array or tensor; None takes the cosine basis (DCT-II) of the
@@ -137,7 +158,7 @@ class SparseCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Estimator):
         *,
         sparsity: float = 0.1,
         nonnegative: bool = False,
-        method: str = "fista",
+        method: str = "blocks",
         tol: float = 1e-6,
         max_iter: int = 2000,
         exact: bool = True,
@@ -225,17 +246,169 @@ def _allowed(X: Tensor, tol: float) -> Tensor:
     return max(tol, 32 * torch.finfo(X.dtype).eps) * 0.5 * X.double().square().sum(1)
 
 
-def _blocks(max_iter: int) -> Iterator[int]:
-    """Numbers of steps between two looks at the gap: 30, tens up to 100, then half of what has been done."""
+def _lengths(max_iter: int, first: int, then: int, until: int) -> Iterator[int]:
+    """Numbers of steps between two looks: the first, some like the next, then half of all before."""
     done = 0
     while done < max_iter:
-        length = min(30 if not done else 10 if done < 100 else done // 2, max_iter - done)
+        length = min(first if not done else then if done < until else done // 2, max_iter - done)
         yield length
         done += length
 
 
+class _Steps:
+    """ISTA or FISTA: steps of all atoms at once.
+
+    This and :class:`_Sweeps` are two ways to walk. ``advance`` goes on from the codes ``(n, m)`` of the
+    signals ``rows`` and says where a face is worth solving on; ``rest`` puts signals somewhere, without
+    momentum.
+    """
+
+    def __init__(
+        self,
+        dictionary: Tensor,
+        sparsity: float,
+        nonnegative: bool,
+        dtypes: tuple[torch.dtype, ...],
+        momentum: bool,
+    ) -> None:
+        self.sparsity, self.nonnegative, self.momentum = sparsity, nonnegative, momentum
+        self.steps = {dtype: self._step(dictionary.to(dtype)) for dtype in dtypes}
+        self.memory: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def _step(self, dictionary: Tensor) -> ISTA:
+        step = (ISTA if self.nonnegative else SoftISTA)(*dictionary.shape, sparsity=self.sparsity)
+        step.dictionary = nn.Parameter(dictionary, requires_grad=False)
+        step.step_size = min(0.5 * step.max_step_size(), 1e30)  # 1 / ||D||^2; a dictionary of zeros has none
+        return step
+
+    @staticmethod
+    def lengths(max_iter: int) -> Iterator[int]:
+        return _lengths(max_iter, 30, 10, 100)
+
+    def begin(self, z: Tensor) -> None:
+        self.memory = (z.clone(), z.clone(), torch.ones_like(z[:, :1])) if self.momentum else None
+
+    def rest(self, rows: Tensor, z: Tensor) -> None:
+        self._remember((z, z, torch.ones_like(z[:, :1])), rows)
+
+    def advance(self, z: Tensor, x: Tensor, rows: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        step, door = self.steps[z.dtype], Momentum()
+        step.enter = door if self.momentum else nn.Identity()
+        door.memory = self._recall(rows, z.dtype)
+        z = unroll([step] * length, z[None], x[None])[0]
+        self._remember(door.memory, rows)
+        gap = lasso_gap(z, x, step.dictionary, self.sparsity, nonnegative=self.nonnegative)
+        return z, gap <= NEAR * 0.5 * x.square().sum(1)
+
+    def _recall(self, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
+        if self.memory is None:
+            return None
+        last, entered, t = (part[None, rows].to(dtype) for part in self.memory)
+        return last, entered, t
+
+    def _remember(self, memory: tuple[Tensor, Tensor, Tensor] | None, rows: Tensor) -> None:
+        """Momentum is kept row by row, since which rows are still open changes from look to look."""
+        if self.memory is not None and memory is not None:
+            for kept, part in zip(self.memory, memory, strict=True):
+                kept[rows] = part.reshape(len(rows), kept.shape[1]).to(kept.dtype)
+
+
+class _Sweeps:
+    r"""Proximal gradient steps on one block of atoms after another, with momentum from sweep to sweep.
+
+    .. math:: z_b \leftarrow S_{\eta_b\lambda}\bigl(z_b + \eta_b D_b^\top r\bigr), \qquad
+        r \leftarrow r + D_b (z_b^{\rm old} - z_b)
+
+    A block's curvature :math:`\|D_b\|^2` is far below that of all atoms, and the next block already sees what
+    this one changed: a sweep costs no more than a step of ISTA and goes several times as far.
+    """
+
+    def __init__(
+        self, dictionary: Tensor, sparsity: float, nonnegative: bool, dtypes: tuple[torch.dtype, ...]
+    ) -> None:
+        self.sparsity, self.nonnegative = sparsity, nonnegative
+        m = dictionary.shape[1]
+        count = -(-m // BLOCK)
+        # Atoms side by side are often alike, so each block takes every count-th.
+        blocks = [torch.arange(i, m, count, device=dictionary.device) for i in range(count)]
+        self.order = torch.cat(blocks)
+        self.place = self.order.argsort()
+        self.sizes = [len(block) for block in blocks]
+        self.etas = [
+            REACH / max(float(torch.linalg.matrix_norm(dictionary[:, block].double(), 2)) ** 2, 1e-30)
+            for block in blocks
+        ]
+        self.parts = {dtype: self._parts(dictionary.to(dtype)) for dtype in dtypes}
+        self.before = torch.zeros(0)
+
+    def _parts(self, dictionary: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """The atoms in their new order, and for each block ``eta D_b^T`` and ``D_b``."""
+        atoms = dictionary[:, self.order]
+        blocks = atoms.split(self.sizes, 1)
+        ups = [(eta * block.mT).contiguous() for eta, block in zip(self.etas, blocks, strict=True)]
+        return atoms, ups, [block.contiguous() for block in blocks]
+
+    @staticmethod
+    def lengths(max_iter: int) -> Iterator[int]:
+        return _lengths(max_iter, 8, 4, 60)
+
+    def begin(self, z: Tensor) -> None:
+        self.before = z.clone()
+
+    def rest(self, rows: Tensor, z: Tensor) -> None:
+        self.before[rows] = z
+
+    def advance(self, z: Tensor, x: Tensor, rows: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        atoms, ups, downs = self.parts[z.dtype]
+        if bool(z.any()):
+            z, last = (self._columns(codes) for codes in (z, self.before[rows].to(z.dtype)))
+            r, r_last = (torch.addmm(x.mT, atoms, codes, alpha=-1) for codes in (z, last))
+            price = self.sparsity
+        else:
+            # From zero the price falls to its own by halves: few atoms enter that have to leave again.
+            z, last = (torch.zeros_like(z.mT, memory_format=torch.contiguous_format) for _ in range(2))
+            r, r_last = (x.mT.clone(memory_format=torch.contiguous_format) for _ in range(2))
+            price = float(torch.linalg.vector_norm(atoms.mT @ r, torch.inf, 0).mean())
+        seen, value = z, self._value(z, r, price)
+        for i in range(length):
+            price = max(0.5 * price, self.sparsity)
+            last, z = z, torch.lerp(last, z, 1 + MOMENTUM, out=last)
+            r_last, r = r, torch.lerp(r_last, r, 1 + MOMENTUM, out=r_last)
+            for part, eta, up, down in zip(z.split(self.sizes), self.etas, ups, downs, strict=True):
+                new = self._shrink(torch.addmm(part, up, r), eta * price)
+                r.addmm_(down, part - new)
+                part.copy_(new)
+            before, value = value, self._value(z, r, price)
+            rose = value > before * (1 + 8 * torch.finfo(z.dtype).eps)  # by more than rounding
+            if bool(rose.any()):
+                # Only momentum can raise it. Back to where it began, and at rest: from there the next cannot.
+                value = torch.where(rose, before, value)
+                z[:, rose], r[:, rose] = last[:, rose], r_last[:, rose]
+            if i == max(length - 3, 0):
+                seen = z.sign()
+        changed = (z.sign() != seen).sum(0)
+        self.before[rows] = self._rows(last).to(self.before.dtype)
+        return self._rows(z), changed <= SETTLED
+
+    def _value(self, z: Tensor, r: Tensor, price: float) -> Tensor:
+        """The LASSO, infinite while its price still falls."""
+        if price > self.sparsity:
+            return torch.full_like(z[0], float("inf"))
+        norm = torch.linalg.vector_norm
+        return 0.5 * norm(r, 2, 0).square() + self.sparsity * norm(z, 1, 0)
+
+    def _shrink(self, z: Tensor, by: float) -> Tensor:
+        return (z - by).clamp_min_(0) if self.nonnegative else nn.functional.softshrink(z, by)
+
+    def _columns(self, z: Tensor) -> Tensor:
+        return z.mT.index_select(0, self.order)
+
+    def _rows(self, z: Tensor) -> Tensor:
+        return z.mT.index_select(1, self.place)
+
+
 class _Solver:
-    """Some steps of ISTA or FISTA, then the exact minimum on the face where they arrived."""
+    """Some steps or sweeps, then the exact minimum on the face where they arrived."""
 
     def __init__(
         self, X: Tensor, dictionary: Tensor, sparsity: float, nonnegative: bool, method: str, exact: bool
@@ -252,102 +425,107 @@ class _Solver:
         if not bool(dictionary.isfinite().all()):
             raise DataError("the dictionary contains NaN or infinity")
         self.wide = dictionary.double()
-        self.gram = self.wide.mT @ self.wide
-        self.sparsity, self.nonnegative, self.method, self.exact = sparsity, nonnegative, method, exact
-        self.memory: tuple[Tensor, Tensor, Tensor] | None = None
+        self.sparsity, self.nonnegative, self.exact = sparsity, nonnegative, exact
         # float32 finds the face of float64 signals in half the time; the minimum on it is found in float64.
         self.dtypes = (torch.float32, X.dtype) if exact else (X.dtype,)
-        self.steps = {dtype: self._step(dictionary.to(dtype)) for dtype in self.dtypes}
+        self.walk: _Steps | _Sweeps = (
+            _Sweeps(dictionary, sparsity, nonnegative, self.dtypes)
+            if method == "blocks"
+            else _Steps(dictionary, sparsity, nonnegative, self.dtypes, momentum=method == "fista")
+        )
+        # Systems smaller than the largest of their like are filled up from the identity behind the Gram.
+        self.largest = min(LARGEST_FACE, *dictionary.shape)
+        self.gram = torch.block_diag(self.wide.mT @ self.wide, torch.eye(self.largest).to(self.wide))
+        on_cpu = X.device.type == "cpu"
+        self.together = TOGETHER[method] if on_cpu else 64 * 256
+        self.measured, self.systems = (BATCH, SYSTEMS) if on_cpu else (64 * 256, 64 * SYSTEMS)
 
     def begin(self, codes: Tensor) -> None:
         """Without momentum at these codes."""
-        z = codes.to(self.dtypes[0])
-        at_rest = z.clone(), z.clone(), torch.ones_like(z[:, :1])
-        self.memory = at_rest if self.method == "fista" else None
-
-    def _step(self, dictionary: Tensor) -> ISTA:
-        step = (ISTA if self.nonnegative else SoftISTA)(*dictionary.shape, sparsity=self.sparsity)
-        step.dictionary = nn.Parameter(dictionary, requires_grad=False)
-        step.step_size = min(0.5 * step.max_step_size(), 1e30)  # 1 / ||D||^2; a dictionary of zeros has none
-        return step
+        self.walk.begin(codes.to(self.dtypes[0]))
 
     def advance(self, z: Tensor, x: Tensor, rows: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Codes of these rows after ``length`` steps and what their face adds, with their gaps in float64.
 
         The gap is infinite where it was not worth measuring.
         """
-        # Long blocks come to those few that a face did not finish, and get the signals' own precision.
-        dtype = self.dtypes[0] if length < 50 else self.dtypes[-1]
-        step, door = self.steps[dtype], Momentum()
-        step.enter = door if self.method == "fista" else nn.Identity()
-        door.memory = self._recall(rows, dtype)
+        # Long walks come to those few that a face did not finish, and get the signals' own precision.
+        dtype = self.dtypes[0] if length < LONG else self.dtypes[-1]
         with torch.no_grad():
-            near = unroll([step] * length, z[None].to(dtype), x[None].to(dtype))[0]
-            self._remember(door.memory, rows)
+            near, ready = self.walk.advance(z.to(dtype), x.to(dtype), rows, length)
             z = near.to(z.dtype)
             if not self.exact:
                 return z, self.gap(z, x)
-            energy = 0.5 * x.to(dtype).square().sum(1)
-            gap = lasso_gap(near, x.to(dtype), step.dictionary, self.sparsity, nonnegative=self.nonnegative)
-            ready = (near != 0).sum(1) <= min(LARGEST_FACE, x.shape[1])
-            ready &= gap <= NEAR * energy
-            gap = self.gap(z, x) if length >= 50 else torch.full_like(gap, float("inf")).double()
-            ready = ready.nonzero()[:, 0]
-            if len(ready):
-                there = x[ready]
-                finished = self._on_faces(near[ready].double(), there.double()).to(z.dtype)
-                better = self._value(finished, there) <= self._value(z[ready], there)
-                ready, finished, there = ready[better], finished[better], there[better]
-                z[ready], gap[ready] = finished, self.gap(finished, there)
-                arrived = finished.to(self.dtypes[0])
-                self._remember((arrived, arrived, torch.ones_like(arrived[:, :1])), rows[ready])
+            gap = self.gap(z, x) if length >= LONG else torch.full((len(x),), float("inf")).to(self.wide)
+            chosen = (ready & ((near != 0).sum(1) <= self.largest)).nonzero()[:, 0]
+            if len(chosen):
+                finished, arrived = self._finish(near[chosen], x[chosen])
+                chosen, finished = chosen[arrived], finished[arrived].to(z.dtype)
+                z[chosen], gap[chosen] = finished, self.gap(finished, x[chosen])
+                self.walk.rest(rows[chosen], finished.to(self.dtypes[0]))
             return z, gap
 
-    def _recall(self, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
-        if self.memory is None:
-            return None
-        last, entered, t = (part[None, rows].to(dtype) for part in self.memory)
-        return last, entered, t
-
-    def _remember(self, memory: tuple[Tensor, Tensor, Tensor] | None, rows: Tensor) -> None:
-        """Momentum is kept row by row, since which rows are still open changes from block to block."""
-        if self.memory is not None and memory is not None:
-            for kept, part in zip(self.memory, memory, strict=True):
-                kept[rows] = part.reshape(len(rows), kept.shape[1]).to(kept.dtype)
-
     def gap(self, z: Tensor, x: Tensor) -> Tensor:
-        return lasso_gap(z.double(), x.double(), self.wide, self.sparsity, nonnegative=self.nonnegative)
+        parts = zip(z.split(self.measured), x.split(self.measured), strict=True)
+        return torch.cat(
+            [
+                lasso_gap(a.double(), b.double(), self.wide, self.sparsity, nonnegative=self.nonnegative)
+                for a, b in parts
+            ]
+        )
+
+    def _finish(self, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Minima on the faces of z, or on what is left of them where signs change, and which of them hold."""
+        target = x.double() @ self.wide
+        result, solved, whole = self._on_faces(z, target)
+        again = (solved & ~whole).nonzero()[:, 0]
+        if len(again):
+            second, _, whole_now = self._on_faces(result[again], target[again])
+            # The first minimum lies below z because its face holds z; this one need not.
+            value = self._value(torch.stack([second, z[again].double()]), x[again].double())
+            result[again], whole[again] = second, whole_now & (value[0] <= value[1])
+        return result, whole
 
     def _value(self, z: Tensor, x: Tensor) -> Tensor:
-        return lasso(z[:, None], x[:, None], self.wide.to(z.dtype), self.sparsity)
+        return lasso(z[..., None, :], x.expand(*z.shape[:-1], -1)[..., None, :], self.wide, self.sparsity)
 
-    def _on_faces(self, z: Tensor, x: Tensor) -> Tensor:
-        r"""Least LASSO with the atoms and the signs of z: :math:`G_{SS} z_S = D_S^\top x - \lambda s_S`.
+    def _on_faces(self, z: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Least LASSO with the atoms and the signs of z: :math:`G_{SS} z_S = (D^\top x)_S - \lambda s_S`.
 
-        Entries that come out with another sign are set to zero; where the system is singular z stays.
+        Entries that come out with another sign are set to zero.
+
+        Returns:
+            The codes, where there was one solution, and where no sign has changed.
         """
-        active, signs = z != 0, z.sign()
-        target = x @ self.wide - self.sparsity * signs
-        size = active.sum(1)
-        result = z.clone()
-        # Systems of like size together: all are padded to the largest.
-        for rows in size.argsort().split(64):
-            k = int(size[rows].max())
-            if not k:
-                continue
-            i, j = active[rows].nonzero(as_tuple=True)
-            place = torch.arange(len(i), device=z.device) - (size[rows].cumsum(0) - size[rows])[i]
-            atoms = torch.zeros(len(rows), k, dtype=torch.long, device=z.device)
-            atoms[i, place] = j
-            real = (torch.arange(k, device=z.device) < size[rows, None]).to(z.dtype)
-            flat = (atoms[:, :, None] * len(self.gram) + atoms[:, None, :]).flatten()
-            system = self.gram.flatten().index_select(0, flat).unflatten(0, (len(rows), k, k))
-            system = system * real[:, :, None] * real[:, None, :]
-            system.diagonal(dim1=1, dim2=2).add_(1 - real)
-            right = torch.zeros(len(rows), k, dtype=z.dtype, device=z.device)
-            right[i, place] = target[rows[i], j]
-            factor, info = torch.linalg.cholesky_ex(system)
-            solved = torch.cholesky_solve(right[:, :, None], factor)[:, :, 0][i, place]
-            kept = torch.where(solved * signs[rows[i], j] > 0, solved, 0.0)
-            result[rows[i], j] = torch.where(info[i] == 0, kept, z[rows[i], j])
-        return result
+        n, m = z.shape
+        size, order = (z != 0).sum(1).sort()
+        rank, atom = (z != 0)[order].nonzero(as_tuple=True)
+        widest = int(size[-1]) if n else 0
+        place = rank * widest + torch.arange(len(rank), device=z.device) - (size.cumsum(0) - size)[rank]
+        entry = order[rank] * m + atom
+        signs = z.flatten()[entry].sign().double()
+        # What a system lacks to the largest of its like it gets from the identity behind the Gram matrix.
+        places = torch.int32 if self.gram.numel() < 2**31 else torch.int64
+        atoms = torch.arange(m, m + widest, dtype=places, device=z.device).repeat(n, 1)
+        atoms.view(-1)[place] = atom.to(places)
+        right = torch.zeros(n, widest, dtype=torch.float64, device=z.device)
+        right.view(-1)[place] = target.flatten()[entry] - self.sparsity * signs
+        found, solved = torch.zeros_like(right), torch.ones_like(size, dtype=torch.bool)
+        for some in torch.arange(n, device=z.device).split(self.systems):
+            a, b = int(some[0]), int(some[-1]) + 1
+            k = int(size[b - 1])
+            if k:
+                index = atoms[a:b, :k]
+                system = self.gram.view(-1).index_select(
+                    0, (index[:, :, None] * len(self.gram) + index[:, None, :]).flatten()
+                )
+                factor, info = torch.linalg.cholesky_ex(system.view(b - a, k, k))
+                found[a:b, :k] = torch.cholesky_solve(right[a:b, :k, None], factor)[:, :, 0]
+                solved[a:b] = info == 0
+        value = found.view(-1)[place]
+        other = value * signs <= 0
+        changed = torch.zeros(n, dtype=torch.long, device=z.device).index_add_(0, rank, other.long())
+        result = torch.zeros(n, m, dtype=torch.float64, device=z.device)
+        result.view(-1)[entry] = value.masked_fill(other, 0)
+        back = order.argsort()
+        return result, solved[back], (solved & (changed == 0))[back]
