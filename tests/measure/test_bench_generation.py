@@ -18,6 +18,8 @@ from pellucid.steps import CausalTSSA, Memory
 MODELS = ("crate_gpt_bytes", "crate_alpha_gpt_bytes", "tost_gpt_bytes")
 FAST = {"prompt": 5, "new_tokens": 3, "rounds": 2, "seconds": 0.001}
 SIZES = {"embed_dim": 24, "depth": 2, "num_heads": 3, "vocab_size": 31}
+KEPT = 24 + 3 * 3
+"""Of a token: its projections, and its place in every head, since distance counts in the models of bytes."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -54,6 +56,11 @@ def test_every_model_with_and_without_a_memory_and_at_every_length(result):
     assert all(row["skipped"] is None and row["fill_s"] > 0 for row in found.lengths)
     assert found.options["beside"] == "gpt2_bytes"
     assert "8 tokens: tost_gpt_bytes reads" in lines
+    assert (
+        sum(line.startswith("    tost_gpt_bytes: ") for line in lines) == 3
+    )  # a run that is stopped has said
+    assert f"{found.lengths[-1]['ms']:.2f} ms, 1.00 (1.00-1.00) x gpt2_bytes, " in lines[-1]
+    assert lines[-1].endswith(f"; {2 * 2 * KEPT * 41 * 4} bytes")
     for row in found.writing:
         assert row["tokens_per_second"] == pytest.approx(2 / (row["ms"] / 1e3))  # two rows
 
@@ -67,8 +74,10 @@ def test_half_the_memory_of_an_ordinary_cache_and_a_constant_state(result):
             assert kept["crate_alpha_gpt_bytes", n][key] * 2 == ordinary
         assert kept["tost_gpt_bytes", 8][key] == kept["tost_gpt_bytes", 40][key] == 2 * 3 * (2 * 8 + 1) * 4
     for n in (8, 40):
-        assert kept["gpt2_bytes", n]["counted_bytes"] == 2 * 2 * 24 * n * 4
-        assert kept["gpt2_bytes", n]["held_bytes"] == 2 * 2 * 24 * (n + 1) * 4  # and the token that is timed
+        assert kept["gpt2_bytes", n]["counted_bytes"] == 2 * 2 * KEPT * n * 4
+        assert (
+            kept["gpt2_bytes", n]["held_bytes"] == 2 * 2 * KEPT * (n + 1) * 4
+        )  # and the token that is timed
 
 
 @pytest.mark.parametrize("name", [*MODELS, "gpt2_bytes"])
@@ -169,7 +178,7 @@ def test_long_texts_and_full_passes_stay_in_the_budget(monkeypatch):
 def test_memories_that_are_too_large_are_not_made():
     found = bench_generation(("crate_gpt_bytes",), (8, 40), **FAST, limit_gib=1e-5)
     assert [row["skipped"] for row in found.lengths] == [None] * 2 + [
-        "memories of 2.1e-05 GiB together, limit 1e-05 GiB"
+        "memories of 3e-05 GiB together, limit 1e-05 GiB"
     ] * 2
     assert all(row["ms"] is None for row in found.lengths[2:])
 
@@ -178,7 +187,7 @@ def test_where_the_model_beside_is_left_out_others_are_still_timed(monkeypatch):
     inner = module._Writer.read
 
     def read(self, text, budget):
-        ordinary = counted_bytes(self.model, 1) == 2 * 2 * 24 * 4
+        ordinary = counted_bytes(self.model, 1) == 2 * 2 * KEPT * 4
         return "too long" if ordinary and text.shape[1] > 8 else inner(self, text, budget)
 
     monkeypatch.setattr(module._Writer, "read", read)

@@ -311,12 +311,14 @@ def test_commands_on_images_refuse_them(tmp_path, capsys):
         ["train", "digits", "--model", "crate_gpt_bytes", "--out", tmp_path / "out"],
         ["compare", "digits", "--models", "crate_digits", "crate_gpt_bytes", "--out", tmp_path / "both"],
         ["predict", tmp_path / "run" / "model", picture],
-        ["export", tmp_path / "run" / "model", "--out", tmp_path / "x.onnx"],
-        ["export", "crate_gpt_bytes", "--out", tmp_path / "x.onnx"],
     ):
         code, _, err = run(capsys, *argv)
         assert code == 2, argv
         assert err.startswith("error: crate_gpt_bytes reads text, not images"), (argv, err)
+    for model in (tmp_path / "run" / "model", "crate_gpt_bytes"):
+        code, _, err = run(capsys, "export", model, "--out", tmp_path / "x.onnx")
+        assert code == 2
+        assert "reads text - give --format transformers, and a folder for --out" in err
     for command in ("audit", "evaluate"):  # they look at text too, which takes a tokenizer
         code, _, err = run(capsys, command, tmp_path / "run" / "model", "digits")
         assert code == 2

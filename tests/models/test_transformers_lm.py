@@ -266,12 +266,12 @@ def test_a_prompt_in_pieces_of_which_some_are_padding_alone(kind):
 
 
 @pytest.mark.parametrize(("kind", "tensors"), [("crate_gpt", 1), ("crate_alpha_gpt", 1), ("gpt2", 2)])
+@pytest.mark.parametrize(("recency", "more"), [(False, 0), (True, 3)])
 @torch.no_grad()
-def test_what_is_kept_of_tokens(kind, tensors):
-    made = to_transformers(small(kind))
-    cache = made(ids(2, 12))[CACHE]
-    assert cache.numel() == 2 * 2 * tensors * 12 * 24  # rows, layers, tensors, tokens, width
-    assert [len(made(ids(2, 12))[CACHE].memory.states)] == [2]
+def test_what_is_kept_of_tokens(kind, tensors, recency, more):
+    options = {"recency": recency} if kind == "gpt2" else {"recency": recency, "own": True}
+    cache = to_transformers(small(kind, **options))(ids(2, 12))[CACHE]
+    assert cache.numel() == 2 * 2 * tensors * 12 * (24 + 3 * more)  # rows, layers, tensors, tokens, width
 
 
 @torch.no_grad()
@@ -739,6 +739,7 @@ def test_a_config_has_the_words_of_both(config, network, tmp_path):
     assert again.network_options() == made.network_options()
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["embed_dim"] == 48
+    assert {name: stored[name] for name in defaults} == made.network_options()
     assert "hidden_size" not in stored
     assert config(num_labels=5).num_labels == 5
     assert config(use_cache=False, vocab_size=7).use_cache is False

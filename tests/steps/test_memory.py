@@ -93,7 +93,7 @@ def test_what_was_taken_back_was_never_said(kind):
 
 # --- what is held -----------------------------------------------------------------------------------------
 
-LAYER = {"crate_gpt": 24, "gpt2": 2 * 24}  # numbers of a token in a layer
+LAYER = {"crate_gpt": 24 + 3 * 3, "gpt2": 2 * (24 + 3 * 3)}  # numbers of a token, its places among them
 
 
 @pytest.mark.parametrize("kind", LAYER)

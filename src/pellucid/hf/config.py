@@ -49,6 +49,10 @@ class TextConfig(PreTrainedConfig):
         """Arguments of ``network_class``, as they stand here; classes of texts are counted by the task."""
         return {name: getattr(self, name) for name in _defaults(self.network_class)}
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What differs from the defaults, and all that the network is built from: defaults may change."""
+        return {**super().to_diff_dict(), **self.network_options()}
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **options: Any) -> None:
         if self.carry is not None:
             os.makedirs(save_directory, exist_ok=True)

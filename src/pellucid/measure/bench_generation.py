@@ -33,6 +33,7 @@ from pellucid.models import create_model, stream
 from pellucid.models.language import MODELS, LanguageModel
 from pellucid.steps import CausalTSSA, Memory
 from pellucid.steps.blackbox import MHSA
+from pellucid.steps.distance import COORDINATES
 from pellucid.steps.mssa import AttentionStep
 
 DEFAULT_MODELS = ("crate_gpt_small", "crate_alpha_gpt_small", "tost_gpt_small")
@@ -159,7 +160,7 @@ def bench_generation(
             forward passes that would together take longer.
         limit_gib: a length at which the memories of all models outgrow this is left out, in GiB.
         seconds: a token that is quicker than this is timed so many times in a round.
-        progress: called with a line now and then.
+        progress: called with a line before what takes a while, and one for each result.
 
     Raises:
         ConfigError: unknown models, such as write no text, or numbers below 1.
@@ -185,9 +186,13 @@ def bench_generation(
         words = min(writer.model.vocab_size for writer in writers.values())
         text = torch.randint(0, words, (batch_size, context))
         result.writing.extend(_writing(writers, text, beside, prompt, new_tokens, rounds, say))
+        for row in result.writing:
+            say(_headline(row, beside))
         for tokens in sorted(set(lengths)):
             rows = _at_length(writers, text[:, : tokens + 1], beside, rounds, budget, limit_gib, seconds, say)
             result.lengths.extend(rows)
+            for row in rows:
+                say(_headline(row, beside))
     return result
 
 
@@ -383,22 +388,36 @@ def _at_length(
 def counted_bytes(model: LanguageModel, tokens: int) -> int:
     """Bytes of what the arithmetic of all layers needs of so many tokens of one text.
 
-    Of attention keys and values; where they are one projection, that; of causal TSSA three running sums, in
-    float32 at least.
+    Of attention keys and values; where they are one projection, that; where distance counts, with the place
+    of each in every head; of causal TSSA three running sums, in float32 at least.
     """
     size = model.embed.words.weight.element_size()
     total = 0
     for layer in model.layers:
         for step in layer.values():  # type: ignore[operator]
             if isinstance(step, AttentionStep):
-                total += size * tokens * step.num_heads * step.head_dim
+                total += size * tokens * step.num_heads * (step.head_dim + _more(step))
             elif isinstance(step, MHSA):
-                total += size * 2 * tokens * step.output.in_features
+                total += size * 2 * tokens * (step.output.in_features + step.num_heads * _more(step))
             elif isinstance(step, CausalTSSA):
                 total += max(size, 4) * step.num_heads * (2 * step.head_dim + 1)
             elif step.sees != "itself":
                 raise TypeError(f"what {type(step).__name__} keeps of a token is not known here")
     return total
+
+
+def _more(step: AttentionStep | MHSA) -> int:
+    """Coordinates that a head keeps besides its projection."""
+    return COORDINATES if step.distance else 0
+
+
+def _headline(row: dict[str, Any], beside: str) -> str:
+    """A run that is stopped has said what it found."""
+    if row.get("skipped"):
+        return f"    {row['model']}: {row['skipped']}"
+    ratios = f"{_spread(row['vs_beside'])} x {beside}, {_spread(row['gain'])} x again"
+    held = f"; {row['held_bytes']} bytes" if "held_bytes" in row else ""
+    return f"    {row['model']}: {row['ms']:.2f} ms, {ratios}{held}"
 
 
 def _share(part: int, whole: int | None) -> str:
