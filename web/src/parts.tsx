@@ -140,7 +140,7 @@ export function Tokens(props: {
     <div class="tokens">
       <div class="patches" {...group}>
         <Drawn
-          label={props.said ?? `${props.name}; ${here} is outlined`}
+          label={props.said || `${props.name}; ${here} is outlined`}
           on={[pixels, values, token, width, top]}
           draw={(canvas) => drawPicture(canvas, pixels, { width, height, grid: look.grid, overlay, selected: token - prefix, lines: true })}
           onPoint={(x, y) => onToken(prefix + Math.min(rows - 1, Math.floor(y * rows)) * columns + Math.min(columns - 1, Math.floor(x * columns)))}
@@ -200,7 +200,7 @@ export function MiniMap(props: {
   const top = props.top ?? largest(values, prefix);
   const body = look.pixels && look.grid ? (
     <Drawn
-      label={props.said ?? props.title}
+      label={props.said || props.title}
       on={[look, values, props.selected, top, side]}
       draw={(canvas) => {
         const [rows, columns] = look.grid as [number, number];
@@ -212,7 +212,7 @@ export function MiniMap(props: {
       }}
     />
   ) : (
-    <Drawn label={props.said ?? props.title} on={[values, top, side]}
+    <Drawn label={props.said || props.title} on={[values, top, side]}
       draw={(canvas) => drawMatrix(canvas, { rows: 1, columns: values.length, value: (_, i) => values[i], top, width: side, height: 20 })} />
   );
   const name = <span class="name">{props.title}</span>;
