@@ -271,6 +271,7 @@ def test_by_keyboard_alone(watched: Callable[..., Watched], place: str) -> None:
     page.keyboard.press("3")
     page.wait_for_selector("h2:has-text('Subspace 1 of 8, layer 1')")
     for key in ("]", "]", ".", "["):
+        page.wait_for_timeout(500)  # a key counts from what is drawn
         page.keyboard.press(key)
     page.wait_for_selector("h2:text-is('Subspace 2 of 8, layer 2')")
     page.keyboard.press("m")

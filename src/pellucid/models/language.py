@@ -461,16 +461,19 @@ KINDS: dict[str, tuple[type[LanguageModel], str, dict[str, Any]]] = {
 
 NEAR: dict[str, Any] = {"recency": True, "own": False}
 NEAR_TIED: dict[str, Any] = {**NEAR, "compression": "tied"}
+NEAR_COMPLETE: dict[str, Any] = {**NEAR_TIED, "compress_step_size": 0.1, "step_size": 1.0}
+"""Without a residual around the code, long steps of attention leave nothing of the tokens to learn from."""
+
 NEAR_ALPHA: dict[str, Any] = {**NEAR, "step_size": 1.0}
 
 AT_BYTES: dict[str, dict[str, Any]] = {
-    "crate_gpt": {"embed_dim": 256, "depth": 7, "num_heads": 16, **NEAR_TIED},
+    "crate_gpt": {"embed_dim": 256, "depth": 7, "num_heads": 16, **NEAR_COMPLETE},
     "crate_overcomplete_gpt": {"embed_dim": 192, "depth": 5, "num_heads": 16, **NEAR_TIED},
     "crate_alpha_gpt": {"embed_dim": 128, "depth": 6, "num_heads": 16, **NEAR_ALPHA},
     "crate_aot_gpt": {"embed_dim": 320, "depth": 8, "num_heads": 20, **NEAR_TIED},
     "tost_gpt": {"embed_dim": 128, "depth": 6, "num_heads": 4, "offset": False, "layer_scale": 1.0},
     "gpt2": {"embed_dim": 128, "depth": 5, "num_heads": 4, "recency": True},
-    "crate_bert": {"embed_dim": 256, "depth": 6, "num_heads": 16, **NEAR_TIED},
+    "crate_bert": {"embed_dim": 256, "depth": 6, "num_heads": 16, **NEAR_COMPLETE},
     "crate_alpha_bert": {"embed_dim": 128, "depth": 6, "num_heads": 16, **NEAR_ALPHA},
     "bert": {"embed_dim": 128, "depth": 5, "num_heads": 4, "recency": True},
 }
