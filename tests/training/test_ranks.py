@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -365,6 +366,34 @@ def trained(run, *arguments, **options):
     return output
 
 
+@pytest.fixture
+def forked(fork, command, tmp_path):
+    """As ``trained``, in forked processes numbered as torchrun numbers them: seconds less than new ones."""
+
+    def run_in_forks(run, *arguments, devices=1, **options):
+        config = run.with_suffix(".yaml")
+        config.write_text(yaml.safe_dump({"data": "digits", **RUN, "epochs": 1, "devices": devices, **options}))
+        with socket.socket() as place:
+            place.bind(("127.0.0.1", 0))
+            port = place.getsockname()[1]
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "forked"}
+        meeting |= {"WORLD_SIZE": devices, "LOCAL_WORLD_SIZE": devices, "GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1}
+
+        def process(number):
+            if devices > 1:
+                numbers = {"RANK": number, "LOCAL_RANK": number}
+                os.environ |= {name: str(value) for name, value in (meeting | numbers).items()}
+            return command("train", "--config", config, "--out", run, "--no-report", *arguments)
+
+        with open(tmp_path / "said", "w+") as said:
+            children = [fork(lambda number=number: process(number), said.fileno()) for number in range(devices)]
+            codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+            said.seek(0)
+            assert codes == [0] * devices, said.read()
+
+    return run_in_forks
+
+
 def state(run):
     """All that the last checkpoint holds: weights, teacher, heads, moments, and the optimiser's state."""
     return load_checkpoint(run / "checkpoints")
@@ -403,10 +432,10 @@ RUNS = {
 
 @slow
 @pytest.mark.parametrize("name", RUNS)
-def test_two_processes_give_the_run_of_one(name, tmp_path):
+def test_two_processes_give_the_run_of_one(name, forked, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    trained(one, **RUNS[name])
-    trained(two, **RUNS[name], **TWO)
+    forked(one, **RUNS[name])
+    forked(two, **RUNS[name], **TWO)
     tensors, losses = difference(two, one)
     assert tensors <= 5e-5
     assert losses <= 2e-5
@@ -418,11 +447,11 @@ def test_two_processes_give_the_run_of_one(name, tmp_path):
     [({}, TWO), (TWO, {}), (TWO, TWO), (CUT, {}), (TWO, CUT), (CUT | {"checkpoint_format": "sharded"}, {})],
     ids=["1 to 2", "2 to 1", "2 to 2", "2 cut up to 1", "2 to 2 cut up", "2 cut up in parts to 1"],
 )
-def test_a_stopped_run_goes_on_with_another_number_of_processes(way, tmp_path):
+def test_a_stopped_run_goes_on_with_another_number_of_processes(way, forked, tmp_path):
     """To the same bits with the same number, else within what the numbers of processes differ by."""
     before, after = way
     options = RUNS["simdino, a batch as one group"] | {"save_every": 11}
-    trained(tmp_path / "whole", **options, **after)
+    forked(tmp_path / "whole", **options, **after)
     program = start(tmp_path / "run", **options, **before)
     wait_for(tmp_path / "run" / "checkpoints" / "step-00000011", program)
     program.send_signal(signal.SIGTERM)
@@ -430,17 +459,17 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(way, tmp_path):
     assert code == 75, error
     assert error.count("error: stopped by SIGTERM: saved step ") == 1
     assert 11 <= state(tmp_path / "run").step < 22
-    trained(tmp_path / "run", "--resume", **options, **after)
+    forked(tmp_path / "run", "--resume", **options, **after)
     tensors, losses = difference(tmp_path / "run", tmp_path / "whole")
     assert tensors <= (0 if before == after else 5e-5)
     assert losses <= (0 if before == after else 2e-5)
 
 
 @slow
-def test_torchrun(tmp_path):
+def test_torchrun(forked, tmp_path):
     output = trained(tmp_path / "run", launcher=TORCHRUN, **TWO)
     assert output.count("trained in") == 1
-    trained(tmp_path / "ours", **TWO)
+    forked(tmp_path / "ours", **TWO)
     assert difference(tmp_path / "run", tmp_path / "ours") == (0, 0)
 
 
@@ -451,14 +480,14 @@ def slurm(number, tasks=2):
 
 
 @slow
-def test_slurm(tmp_path):
+def test_slurm(forked, tmp_path):
     """As srun starts two tasks: each with its number in the environment."""
     programs = [start(tmp_path / "run", environment=slurm(number), **TWO) for number in range(2)]
     ends = [finish(program) for program in programs]
     assert [code for code, *_ in ends] == [0, 0], ends
     assert "trained in" in ends[0][1]
     assert ends[1][1] == ""
-    trained(tmp_path / "ours", **TWO)
+    forked(tmp_path / "ours", **TWO)
     assert difference(tmp_path / "run", tmp_path / "ours") == (0, 0)
 
 
