@@ -27,6 +27,7 @@ from pellucid.errors import CheckpointError, ConfigError, NumericsError
 from pellucid.models import create_model
 from pellucid.training import train
 from pellucid.training.checkpoint import load_checkpoint, save_sharded
+from pellucid.training.fixed_sum import in_pairs
 from pellucid.training.learner import Learner
 from pellucid.training.masked import MAE
 from pellucid.training.mcr2 import MCR2, SelfSupervisedMCR2
@@ -367,29 +368,41 @@ def trained(run, *arguments, **options):
 
 
 @pytest.fixture
-def forked(fork, command, tmp_path):
+def forked(fork, command, between_steps, tmp_path):
     """As ``trained``, in forked processes numbered as torchrun numbers them: seconds less than new ones."""
 
-    def run_in_forks(run, *arguments, devices=1, **options):
+    def run_in_forks(run, *arguments, devices=1, until=None, **options):
+        code = 0 if until is None else 75
         config = run.with_suffix(".yaml")
-        config.write_text(yaml.safe_dump({"data": "digits", **RUN, "epochs": 1, "devices": devices, **options}))
+        config.write_text(
+            yaml.safe_dump({"data": "digits", **RUN, "epochs": 1, "devices": devices, **options})
+        )
         with socket.socket() as place:
             place.bind(("127.0.0.1", 0))
             port = place.getsockname()[1]
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "forked"}
-        meeting |= {"WORLD_SIZE": devices, "LOCAL_WORLD_SIZE": devices, "GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1}
+        meeting |= {
+            "WORLD_SIZE": devices,
+            "LOCAL_WORLD_SIZE": devices,
+            "GROUP_RANK": 0,
+            "GROUP_WORLD_SIZE": 1,
+        }
 
         def process(number):
             if devices > 1:
                 numbers = {"RANK": number, "LOCAL_RANK": number}
                 os.environ |= {name: str(value) for name, value in (meeting | numbers).items()}
-            return command("train", "--config", config, "--out", run, "--no-report", *arguments)
+            stops = {until: lambda: os.kill(os.getpid(), signal.SIGTERM)}
+            with between_steps(stops):
+                return command("train", "--config", config, "--out", run, "--no-report", *arguments)
 
         with open(tmp_path / "said", "w+") as said:
-            children = [fork(lambda number=number: process(number), said.fileno()) for number in range(devices)]
+            children = [
+                fork(lambda number=number: process(number), said.fileno()) for number in range(devices)
+            ]
             codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
             said.seek(0)
-            assert codes == [0] * devices, said.read()
+            assert codes == [code] * devices, said.read()
 
     return run_in_forks
 
@@ -465,6 +478,47 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(way, forked, tmp
     assert losses <= (0 if before == after else 2e-5)
 
 
+EXACT = {"supervised": RUNS["supervised"], "mae": RUNS["mae"]}
+JOURNEYS = [[1, 2, 1], [2, 1, 2], [1, 4, 2]]
+
+
+@slow
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("journey", JOURNEYS, ids=str)
+def test_exact_runs_end_in_the_same_bits_whatever_their_processes(
+    name, journey, forked, digits, differences, tmp_path
+):
+    run = tmp_path / "run"
+    options = {**EXACT[name], "exact": 4, "average": 0.9, "lr": 3e-3, "matrix_lr": 1e-2}
+    for turn, (devices, until) in enumerate(zip(journey, [5, 13, None], strict=True)):
+        again = ["--resume"] if turn else []
+        forked(run, *again, devices=devices, until=until, accelerator="cpu", **options)
+    alone = {"epochs": 1, "engine": "plain", "batch_size": 64, **options}
+    assert differences(run, digits.reference(**alone)) == []
+
+
+def test_two_processes_end_in_the_bits_of_one_when_exact(forked, digits, differences, tmp_path):
+    options = {"epochs": 0.25, "exact": 2}
+    forked(tmp_path / "two", devices=2, accelerator="cpu", **options)
+    alone = {**RUN, "engine": "plain", **options}
+    assert differences(tmp_path / "two", digits.reference(**alone)) == []
+
+
+def test_without_exact_the_last_bits_may_differ(forked, digits, differences, tmp_path):
+    """What the tests above would see if the sums were left to the processes."""
+    forked(tmp_path / "two", devices=4, accelerator="cpu", epochs=0.25)
+    alone = {**RUN, "engine": "plain", "epochs": 0.25, "accumulate": 4}
+    assert differences(tmp_path / "two", digits.reference(**alone)) != []
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8, 16])
+def test_the_order_of_a_fixed_sum_does_not_depend_on_who_adds(count):
+    parts = torch.randn(16, 1000).mul(torch.logspace(-4, 4, 16)[:, None]).unbind()
+    branches = [in_pairs(parts[number::count]) for number in range(count)]
+    assert torch.equal(in_pairs(branches), in_pairs(parts))
+    assert not torch.equal(sum(parts), in_pairs(parts))  # the order is of consequence
+
+
 @slow
 def test_torchrun(forked, tmp_path):
     output = trained(tmp_path / "run", launcher=TORCHRUN, **TWO)
@@ -505,6 +559,15 @@ def test_slurm(forked, tmp_path):
         ({"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "4"}, TWO, "has started 4 processes"),
         ({}, {"strategy": "fsdp"}, "fsdp cuts a run up over several processes"),
         ({}, {**CUT, "incoherence": 0.1}, "incoherence looks into layers"),
+        ({}, {"exact": 3}, "exact 3 on 1 processes - give powers of two"),
+        ({}, {"exact": 2, **TWO, "devices": 4}, "exact 2 on 4 processes"),
+        ({}, {"exact": 2, "accumulate": 2}, "leave out --accumulate"),
+        ({}, {"exact": 2, **CUT}, "fsdp in its own - take --strategy ddp"),
+        (
+            {},
+            {"exact": 2, "objective": "mcr2"},
+            "mcr2 looks at it as a whole - possible with supervised, mae",
+        ),
         ({}, {**TWO, "checkpoint_format": "sharded"}, "add --strategy fsdp"),
         ({}, {**CUT, "model": "crate_strict_digits"}, "compress.share is a single number"),
     ],
