@@ -1,8 +1,8 @@
 """Sums that do not depend on how many processes share the work, to the last bit.
 
-Addition rounds, so a sum depends on its order. Part ``m`` of a batch is computed by process ``m`` modulo their
-number, and parts are added as a binary tree that splits them by their lowest bit first. A process then holds
-a whole branch of the tree, whatever power of two their number is, and what is left to add is the tree's top.
+Addition rounds, so a sum depends on its order. Part ``m`` of a batch is computed by process ``m`` modulo
+their number, and parts are added as a binary tree that splits them by their lowest bit first. A process then
+holds a whole branch of the tree, whatever power of two their number is, and the tree's top is left to add.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def in_pairs(parts: Sequence[Tensor]) -> Tensor:
 
 
 def fixed_sum(parts: Sequence[Tensor]) -> Tensor:
-    """Of this process's parts and all others', the same bits for 1, 2, 4, ... processes with as many in all."""
+    """Of this process's parts and all others': the same bits for 1, 2, 4, ... processes."""
     branch = in_pairs(parts)
     if world() == 1:
         return branch

@@ -20,7 +20,8 @@ class Learner:
     """Everything that a step of training reads and changes.
 
     A loop calls :meth:`losses` for each micro-batch, sends them backward with :meth:`backward`, and calls
-    :meth:`update` once. All randomness is a function of (seed, step, micro-batch), so nothing depends on what ran before.
+    :meth:`update` once. All randomness is a function of (seed, step, micro-batch), so nothing depends on what
+    ran before.
 
     Args:
         objective: turns a batch into ``{"loss": ..., parts}`` and owns ``model``.

@@ -291,6 +291,15 @@ def _refuse_to_cut(objective: Objective) -> None:
             raise ConfigError(f"fsdp cuts by rows, and {name} is a single number - take --strategy ddp")
 
 
+def _refuse_running_moments(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ConfigError(
+                f"{name} keeps moments of the batches that its own process sees (BatchNorm), so exact cannot "
+                f"hold - take a model without, or leave out --exact"
+            )
+
+
 def _set_up(config: TrainConfig, material: Material) -> _Setting:
     kind = OBJECTIVES[config.objective]
     # An orthogonal matrix has other last bits with other threads, and a run begins there.
@@ -304,6 +313,8 @@ def _set_up(config: TrainConfig, material: Material) -> _Setting:
         objective = kind.build(model, config, steps)
     if config.strategy == "fsdp":
         _refuse_to_cut(objective)
+    if config.exact:
+        _refuse_running_moments(model)
     config = material.shown_to(model, objective, replace(config, objective_args=_arguments(objective)))
     end = config.weight_decay_end
     learner = Learner(
