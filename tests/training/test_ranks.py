@@ -560,7 +560,7 @@ def test_slurm(forked, tmp_path):
         ({}, {"exact": 2, "accumulate": 2}, "leave out --accumulate"),
         ({}, {"exact": 2, **CUT}, "fsdp in its own - take --strategy ddp"),
         ({}, {"exact": 2, "objective": "mcr2"}, "looks at it as a whole - possible with supervised, mae"),
-        ({}, {"exact": 2, "model": "resnet10t"}, r"keeps moments of .* \(BatchNorm\)"),
+        ({}, {"exact": 2, "model": "resnet10t", "model_args": {}}, r"keeps moments of .* \(BatchNorm\)"),
         ({}, {**TWO, "checkpoint_format": "sharded"}, "add --strategy fsdp"),
         ({}, {**CUT, "model": "crate_strict_digits"}, "compress.share is a single number"),
     ],
