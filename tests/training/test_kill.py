@@ -4,8 +4,11 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 
 import pytest
+
+from pellucid.data import load_text
 
 
 @pytest.fixture
@@ -15,7 +18,7 @@ def kill_at_random(digits, fork, tmp_path):
     Each goes on where the last one died, as a user would who runs the same command again.
     """
 
-    def run_until_done(out, longest, seed, **options):
+    def run_until_done(out, longest, seed, runs=digits, **options):
         delay = random.Random(seed)
         kills = 0
         while True:
@@ -23,7 +26,7 @@ def kill_at_random(digits, fork, tmp_path):
             def body():
                 os.setpgrp()  # so that data workers of a killed process can be found
                 resume = (out / "config.yaml").is_file()
-                digits.train(out, resume=resume, **options)
+                runs.train(out, resume=resume, **options)
 
             pid = fork(body)
             # Longer as kills add up: on a busy machine a short life may end before the first save.
@@ -88,15 +91,46 @@ def test_killed_teachers_end_in_the_same_bits(digits, tmp_path, kill_at_random, 
         round_ += 1
 
 
+KILLS = int(os.environ.get("PELLUCID_KILLS", "200"))
+"""Over all kinds of run below, in the slow tests; ``PELLUCID_KILLS=5000`` for a night."""
+
+TINY = {"context": 32, "embed_dim": 32, "depth": 1, "num_heads": 4}
+VIEWS = {"model_args": {"depth": 1}, "epochs": 1}
+KINDS = {
+    "supervised": {},
+    "plain": {"engine": "plain"},
+    "workers": {"workers": 2},
+    "exact": {"exact": 2},
+    "mcr2": {"objective": "mcr2"},
+    "simdino": {"objective": "simdino", **VIEWS},
+    "mae": {"objective": "mae", "model": "crate_mae_digits", "model_args": {"depth": 1, "decoder_depth": 1}},
+    "causal-lm": {"objective": "causal-lm", "model": "crate_gpt_bytes", "model_args": TINY},
+    "masked-lm": {"objective": "masked-lm", "model": "crate_bert_bytes", "model_args": TINY},
+}
+
+
+@pytest.fixture(scope="module")
+def sayings(digits, tmp_path_factory):
+    """Runs on texts, as those on digits."""
+    folder = tmp_path_factory.mktemp("sayings")
+    for number in range(40):
+        draw = random.Random(number)
+        words = draw.choices(["in", "the", "beginning", "was", "a", "word"], k=200)
+        (folder / f"{number}.txt").write_text(" ".join(words))
+    return replace(digits, images=load_text(folder), folder=tmp_path_factory.mktemp("runs"), finished={})
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options", [{}, {"engine": "plain"}, {"workers": 2}], ids=["lightning", "plain", "workers"]
-)
-def test_a_hundred_kills(digits, tmp_path, kill_at_random, differences, options):
-    options = {"save_every": 1, "average": 0.9, **options}
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_run_killed_again_and_again(
+    kind, digits, sayings, tmp_path, kill_at_random, differences
+):
+    """Weights, average, optimiser and log end in the bits of the run that nobody touched."""
+    options = {"average": 0.9, **KINDS[kind]}
+    runs = sayings if kind.endswith("-lm") else digits
     kills, round_ = 0, 0
-    while kills < 100:
+    while kills < KILLS / len(KINDS):
         run = tmp_path / str(round_)
-        kills += kill_at_random(run, 0.4, seed=100 + round_, **options)
-        check(run, digits, differences, average=0.9)
+        kills += kill_at_random(run, 0.6, seed=100 + round_, runs=runs, save_every=1, **options)
+        check(run, runs, differences, **{k: v for k, v in options.items() if k not in ("engine", "workers")})
         round_ += 1
