@@ -16,7 +16,16 @@ import torch
 from torch import nn
 
 from pellucid.data import ImageData, StepSampler, TextData
-from pellucid.errors import CheckpointError, ConfigError, DataError, NumericsError, Stopped, suggest
+from pellucid.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NumericsError,
+    ResourceError,
+    Stopped,
+    gives_out,
+    suggest,
+)
 from pellucid.models import create_model, load
 from pellucid.models.saved import copy_weights
 from pellucid.training.checkpoint import (
@@ -111,8 +120,9 @@ def train(
         options: fields of :class:`~pellucid.training.config.TrainConfig`.
 
     Raises:
-        ConfigError, DataError: before anything is written.
-        CheckpointError: ``out`` exists, is in use, or cannot be written.
+        ConfigError, DataError: before anything is written; also where ``out`` exists or is in use.
+        CheckpointError: no checkpoint in it holds, or weights to begin at do not fit.
+        ResourceError: the disk is full, memory runs out, or ``out`` cannot be written any more.
         NumericsError: a loss or gradient was not finite; the step was not applied, all before it is saved.
         Stopped: by a signal; the state is saved.
         ProcessLost: one of several processes that train together is gone.
@@ -430,21 +440,26 @@ def _claim(out: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> 
         refuse_changes(TrainConfig.from_mapping(read_config(out / "config.yaml")), config)
         return
     if resume:
-        raise CheckpointError(f"nothing to resume: {out} holds no run - leave out --resume, or check --out")
+        raise ConfigError(f"nothing to resume: {out} holds no run - leave out --resume, or check --out")
     if out.exists() and (not out.is_dir() or any(not _is_half_written(path) for path in out.iterdir())):
         if not is_run:
-            raise CheckpointError(f"{out} exists and is not a run - take another --out; it is left as it is")
+            raise ConfigError(f"{out} exists and is not a run - take another --out; it is left as it is")
         if not overwrite:
-            raise CheckpointError(
+            raise ConfigError(
                 f"{out} holds a run already - give --resume to go on with it, --overwrite to replace it, or "
                 f"another --out"
             )
         with locked(out):
             remove_folder(out)
-    with saving(out.parent, 0):
+    try:
         out.mkdir(parents=True, exist_ok=True)
-    write_file(out / "config.yaml", config.to_yaml())
-    (out / "checkpoints").mkdir(exist_ok=True)
+        write_file(out / "config.yaml", config.to_yaml())
+        (out / "checkpoints").mkdir(exist_ok=True)
+    except (OSError, ResourceError) as error:
+        cause = error.__cause__ or error
+        if not isinstance(cause, OSError) or gives_out(cause):
+            raise
+        raise ConfigError(f"cannot write {out}: {cause.strerror} - take another --out") from error
 
 
 def _is_half_written(path: Path) -> bool:
