@@ -243,6 +243,20 @@ def train(
 
 
 @app.command
+def replay(listed: Path) -> None:
+    """Run a batch once more that gave a loss or gradient that is not finite, and say where it begins.
+
+    Parameters
+    ----------
+    listed
+        The file that the run has listed it in: bad/step-N.json.
+    """
+    from pellucid.training.replay import replay as again
+
+    again(listed, say=say)
+
+
+@app.command
 def evaluate(
     run: Path,
     data: str | None = None,

@@ -20,7 +20,7 @@ def everything(folder):
 def test_a_finished_run_holds_what_is_promised(digits):
     run = digits.reference()
     assert sorted(path.name for path in run.iterdir()) == [
-        "checkpoints", "config.yaml", "metrics.jsonl", "model", "result.json", "run.lock",
+        "checkpoints", "config.yaml", "data.jsonl.gz", "metrics.jsonl", "model", "result.json", "run.lock",
     ]  # fmt: skip
     assert sorted(path.name for path in (run / "model").iterdir()) == ["config.json", "model.safetensors"]
     result = json.loads((run / "result.json").read_text())
@@ -159,15 +159,23 @@ def data_file(path, change=None):
     return path
 
 
-@pytest.mark.parametrize("change", ["pixel", "label", "more"])
-def test_changed_data_is_refused(tmp_path, change):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("pixel", r"1 edited \(\S+\)"),
+        ("label", r"\d+ edited .*"),
+        # The split is drawn anew, so that others have moved to the other side and got other numbers.
+        ("more", r"\d+ added .*"),
+    ],
+)
+def test_changed_data_is_refused(tmp_path, change, said):
     data = data_file(tmp_path / "data.npz")
     options = {"model": "crate_digits", "model_args": {"depth": 1}, "batch_size": 32, "epochs": 1}
     options |= {"out": str(tmp_path / "run"), "progress": False}
     train(data, **options)
     before = everything(tmp_path / "run")
     data_file(tmp_path / "data.npz", change)
-    with pytest.raises(DataError, match=r"data\.npz has changed since the run began - restore"):
+    with pytest.raises(DataError, match=rf"data\.npz has changed since the run began: {said} - restore"):
         train(data, resume=True, **options)
     assert everything(tmp_path / "run") == before
     data_file(tmp_path / "data.npz")  # written again, the same: not a change

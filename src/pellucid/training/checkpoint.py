@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -160,13 +161,25 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         reason = _damage(path)
         if reason is None:
             meta = json.loads((path / "state.json").read_bytes())
-            return Checkpoint(meta.pop("step"), _tensors(path), meta, damaged)
+            tensors = _tensors(path)
+            bad = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
+            if not bad:
+                return Checkpoint(meta.pop("step"), tensors, meta, damaged)
+            reason = f"holds {len(bad)} non-finite tensors ({', '.join(bad[:3])})"
         damaged.append(f"{path.name}: {reason}")
     if damaged:
         raise CheckpointError(
             f"no valid checkpoint in {folder} - start again with --overwrite\n" + "\n".join(damaged[:3])
         )
     return None
+
+
+def read_checkpoint(path: Path) -> Checkpoint | None:
+    """The checkpoint in this very folder; None where there is none, or it is damaged."""
+    if _damage(path) is not None:
+        return None
+    meta = json.loads((path / "state.json").read_bytes())
+    return Checkpoint(meta.pop("step"), _tensors(path), meta)
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -300,7 +313,10 @@ def locked(folder: Path) -> Iterator[None]:
             holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
             raise ConfigError(f"{folder} is in use by {holder} - wait, or take another --out") from None
         os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"pid {os.getpid()} on {os.uname().nodename}".encode())
+        os.write(
+            descriptor,
+            f"pid {os.getpid()} on {os.uname().nodename} since {time.strftime('%H:%M:%S')}".encode(),
+        )
         yield
     finally:
         if descriptor in _held:
