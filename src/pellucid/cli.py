@@ -37,6 +37,7 @@ app = App(
     help="White-box transformers: train on images or text, audit every layer, read the report.",
     help_epilogue="Exit codes:\n\n" + "\n".join(f"{code:>5}  {said}" for code, said in EXIT_CODES.items()),
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,
     default_parameter=Parameter(negative=()),
 )
 

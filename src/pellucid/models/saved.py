@@ -112,8 +112,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file, and of nothing else."""
     try:
         with open(path, "rb") as file:
-            magic = file.read(4)
-        if magic[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or magic == b"PK\x03\x04":
+            magic = file.read(9)
+        # A safetensors file begins with the length of its header, which may look like a pickle's first bytes.
+        if magic[8:] != b"{" and (
+            magic[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or magic[:4] == b"PK\x03\x04"
+        ):
             raise CheckpointError(
                 f"refused: {path} is a pickle, which can run code when loaded - use a safetensors file"
             )

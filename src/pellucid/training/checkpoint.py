@@ -313,10 +313,8 @@ def locked(folder: Path) -> Iterator[None]:
             holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
             raise ConfigError(f"{folder} is in use by {holder} - wait, or take another --out") from None
         os.ftruncate(descriptor, 0)
-        os.write(
-            descriptor,
-            f"pid {os.getpid()} on {os.uname().nodename} since {time.strftime('%H:%M:%S')}".encode(),
-        )
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.write(descriptor, f"pid {os.getpid()} on {os.uname().nodename} since {since}".encode())
         yield
     finally:
         if descriptor in _held:

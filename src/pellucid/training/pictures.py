@@ -139,7 +139,9 @@ class Pictures(Material):
             labels = part.labels.tolist()
             if isinstance(part, EncodedImages):
                 sizes = part.byte_sizes().tolist()
-                yield from ((part.name(i), f"{labels[i]} {sizes[i]}") for i in range(len(part)))
+                root = f"{getattr(part, 'root', '')}/"  # the folder may have been moved
+                for i in range(len(part)):
+                    yield part.name(i).removeprefix(root), f"{labels[i]} {sizes[i]}"
                 continue
             for i in range(len(part)):
                 pixels = part.image(i).contiguous().numpy().tobytes()

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from pellucid.errors import Collapsed, NumericsError, Stopped
+from pellucid.errors import Collapsed, NumericsError, ResourceError, Stopped
 from pellucid.training.checkpoint import save_checkpoint, save_sharded, saving, thread_fingerprint, write_file
 from pellucid.training.health import Verdict
 from pellucid.training.learner import Learner
@@ -279,6 +279,11 @@ class Recorder:
 
     def save(self) -> None:
         """A checkpoint of this very step."""
+        if self.writes and not (self.out / "config.yaml").exists():
+            raise ResourceError(
+                f"the folder of the run is gone: {self.out} - nothing of it can be saved; start again, or "
+                f"take another --out"
+            )
         self.saved_at = time.monotonic()
         learner, folder = self.learner, self.out / "checkpoints"
         meta = {

@@ -72,8 +72,6 @@ def replay(listed: str | os.PathLike[str], say: Callable[[str], None] = lambda l
         if not seen and bool(values["loss"].isfinite()):
             with _watched_back(learner.objective, values["loss"], parts) as back:
                 seen.extend(back)
-        elif not seen:
-            seen.append("the loss itself, of features that are all finite")
         if seen:
             found = True
             say(f"  first not finite: {_with_items(seen[0], names)}")
@@ -112,7 +110,7 @@ def _watched(objective: nn.Module) -> Iterator[list[str]]:
 
         def look(_: nn.Module, inputs: Any, output: Any, name: str = name) -> None:
             if bad := _not_finite(output):
-                seen.append(f"output of {name or 'the objective'}, {bad}")
+                seen.append(f"{f'output of {name}' if name else 'the loss itself'}, {bad}")
 
         handles.append(module.register_forward_hook(look))
     try:

@@ -157,7 +157,7 @@ def train(
             write_file(out / file, content)
         for folder in (out, out / "checkpoints", out / "bad"):
             if count := sweep(folder):
-                say(f"removed {count} half-written files that a killed process left in {folder}")
+                say(f"removed what a killed process left half-written in {folder} ({count})")
         if resume and (out / "config.yaml").read_bytes() != config.to_yaml().encode():
             write_file(out / "config.yaml", config.to_yaml())  # with what has changed and may
         if not any((out / "checkpoints").glob("step-*")):
