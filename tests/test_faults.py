@@ -466,8 +466,8 @@ def test_row_09_replay_of_what_is_none(tmp_path, cli, train, spoil):
     assert code == 4
     golden(
         err,
-        f"error: the state after step 7 of {run} is gone, the newest that is kept is step 22 - replay a later "
-        f"file",
+        f"error: the state after step 7 of {run} is gone, the newest that is kept is step 22 - replay a "
+        f"later file",
     )
 
 
@@ -900,9 +900,13 @@ def test_row_34_small_batches(tmp_path, cli, objective, size):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--patch-size", "3"], "error: crate_digits: *"),
-        (["--img-size", "9", "--patch-size", "2"], "error: crate_digits: *"),
-        (["--embed-dim", "63"], "error: crate_digits: *"),
+        (["--patch-size", "3"], "error: crate_digits: 8 / 3 is not whole; nearest sizes 6 or 9"),
+        (["--img-size", "9"], "error: crate_digits: 9 / 2 is not whole; nearest sizes 8 or 10"),
+        (
+            ["--embed-dim", "63"],
+            "error: crate_digits: dim 63 is not divisible by num_heads 8 - give head_dim, or take one of "
+            "[1, 3, 7, 9, 21, 63] heads",
+        ),
     ],
 )
 def test_row_35_sizes_that_do_not_go_together(tmp_path, train, words, said):
@@ -910,3 +914,5 @@ def test_row_35_sizes_that_do_not_go_together(tmp_path, train, words, said):
     assert code == 2
     golden(err, said)
     assert not (tmp_path / "run").exists()
+    nearest = {"--patch-size": "4", "--img-size": "8", "--embed-dim": "64"}[words[0]]
+    assert train(tmp_path / "run", words[0], nearest, epochs=0.1)[0] == 0
