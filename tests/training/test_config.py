@@ -24,7 +24,7 @@ OTHER = {
     "precision": "bf16", "accumulate": 2, "workers": 3, "eval_every": 2, "save_every": 7,
     "init_from": "there", "new_head": True, "max_bad": 0.5, "download": True, "data_root": "root",
     "threads": 2, "engine": "plain", "accelerator": "cpu", "devices": 2, "nodes": 2,
-    "strategy": "fsdp", "checkpoint_format": "sharded", "data_timeout": 5, "max_skipped": 1,
+    "strategy": "fsdp", "checkpoint_format": "sharded", "data_timeout": 5, "max_skipped": 1, "exact": 4,
 }  # fmt: skip
 """A valid value of every option that is not its default."""
 

@@ -33,7 +33,7 @@ FIXED = {"model", "model_args", "tokenizer", "vocab_size"}
 FORK = {"data", "objective", "objective_args", "seed", "epochs", "batch_size", "lr", "matrix_lr"}
 FORK |= {"weight_decay", "weight_decay_end", "warmup", "label_smoothing", "incoherence", "clip", "average"}
 FORK |= {"augment", "flip", "large_crops", "small_crops", "small_size", "crop_split", "cross_documents"}
-FORK |= {"precision", "accumulate", "eval_every", "init_from", "new_head", "max_bad"}
+FORK |= {"precision", "accumulate", "exact", "eval_every", "init_from", "new_head", "max_bad"}
 """What a new run that begins at this one's weights, by ``--init-from``, may change."""
 
 
@@ -77,6 +77,8 @@ class TrainConfig:
         stop_on_collapse: end a run whose features collapse, with everything saved.
         precision: ``32``, or ``bf16`` for products in bfloat16.
         accumulate: micro-batches of one step.
+        exact: parts that a batch is cut into whatever the number of processes, a power of two: 1, 2, 4, ...
+            processes up to it, and any change between them, then give the same bits; 0 does without.
         workers: processes that read images.
         data_timeout: seconds for one of them to answer.
         max_skipped: steps of any 1,000 that may be left out because a number was not finite, before the run
@@ -127,6 +129,7 @@ class TrainConfig:
     stop_on_collapse: bool = False
     precision: Precision = "32"
     accumulate: int = 1
+    exact: int = 0
     workers: int = 0
     data_timeout: float = 60
     max_skipped: int = 3

@@ -42,7 +42,7 @@ def replay(listed: str | os.PathLike[str], say: Callable[[str], None] = lambda l
     step, parts = _read(path)
     out = path.resolve().parent.parent
     config = TrainConfig.from_mapping(read_config(out / "config.yaml"))
-    config = replace(config, out=str(out), accumulate=parts, devices=1, nodes=1, strategy="auto")
+    config = replace(config, out=str(out), accumulate=parts, exact=0, devices=1, nodes=1, strategy="auto")
     material = load_material(config, resume=True)
     saved = _state_before(out, step)
     setting = set_up(material.resolved(config), material)

@@ -139,6 +139,7 @@ def train(
     )
     _refuse_strategy(config)
     _refuse_other_processes(config)
+    _refuse_exact(config)
     material = load_material(config, data, resume)
     setting = set_up(material.resolved(config), material)
     config = setting.config
@@ -250,7 +251,7 @@ class Setting:
             seed=config.seed,
             steps=learner.total_steps,
             start=learner.step,
-            accumulate=config.accumulate,
+            accumulate=config.exact // world or config.accumulate,
             rank=rank,
             world=world,
         )
@@ -261,7 +262,7 @@ class Setting:
         """How many micro-batches a step is cut into, over all processes."""
         config = self.config
         processes = config.devices * config.nodes if isinstance(config.devices, int) else 1
-        return config.accumulate * max(1, processes)
+        return config.exact or config.accumulate * max(1, processes)
 
     def list_batch(self, step: int, reason: str) -> Path:
         """Write down in ``bad/step-N.json`` what step N, counted from 1, is made of."""
@@ -287,6 +288,28 @@ def _refuse_strategy(config: TrainConfig) -> None:
             raise ConfigError("incoherence looks into layers that fsdp takes apart - take --strategy ddp")
 
 
+def _refuse_exact(config: TrainConfig) -> None:
+    """What cannot be the same to the last bit on any number of processes."""
+    parts, kind = config.exact, OBJECTIVES[config.objective]
+    if not parts:
+        return
+    if not kind.each_alone:
+        alone = [name for name, other in OBJECTIVES.items() if other.each_alone]
+        raise ConfigError(
+            f"exact cuts a batch into parts, and {config.objective} looks at it as a whole - "
+            f"possible with {', '.join(alone)}"
+        )
+    if config.strategy == "fsdp":
+        raise ConfigError("exact adds gradients in one order, and fsdp in its own - take --strategy ddp")
+    if config.accumulate != 1:
+        raise ConfigError("exact says into how many parts a batch is cut - leave out --accumulate")
+    processes = config.devices * config.nodes if isinstance(config.devices, int) else config.nodes
+    if parts < 1 or parts & (parts - 1) or processes & (processes - 1) or parts < processes:
+        raise ConfigError(
+            f"exact {parts} on {processes} processes - give powers of two, exact the larger or the same"
+        )
+
+
 def _refuse_other_processes(config: TrainConfig) -> None:
     """Whoever starts the processes must have started as many as the run is to have."""
     found = launched()
@@ -305,6 +328,15 @@ def _refuse_to_cut(objective: Objective) -> None:
             raise ConfigError(f"fsdp cuts by rows, and {name} is a single number - take --strategy ddp")
 
 
+def _refuse_running_moments(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ConfigError(
+                f"{name} keeps moments of the batches that its own process sees (BatchNorm), so exact cannot "
+                f"hold - take a model without, or leave out --exact"
+            )
+
+
 def set_up(config: TrainConfig, material: Material) -> Setting:
     """A run's parts from its options, which the material has resolved. Nothing is written."""
     kind = OBJECTIVES[config.objective]
@@ -319,6 +351,8 @@ def set_up(config: TrainConfig, material: Material) -> Setting:
         objective = kind.build(model, config, steps)
     if config.strategy == "fsdp":
         _refuse_to_cut(objective)
+    if config.exact:
+        _refuse_running_moments(model)
     config = material.shown_to(model, objective, replace(config, objective_args=_arguments(objective)))
     end = config.weight_decay_end
     learner = Learner(
@@ -330,6 +364,7 @@ def set_up(config: TrainConfig, material: Material) -> Setting:
         clip=config.clip,
         average=config.average,
         seed=config.seed,
+        exact=config.exact,
     )
     setting = Setting(config, material, model, learner, [0.0])
     setting.batches(0, max(1, config.devices) * config.nodes if isinstance(config.devices, int) else 1)
@@ -555,10 +590,11 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _about_memory(setting: Setting, out: Path) -> str:
     config, parts = setting.config, setting.parts
-    each = parts // config.accumulate  # of one accumulated part, over all processes
-    more = range(config.accumulate + 1, config.batch_size // each + 1)
+    option, now = ("exact", config.exact) if config.exact else ("accumulate", config.accumulate)
+    each = parts // now  # processes that take one of these parts each
+    more = [2 * now] if config.exact else range(now + 1, config.batch_size // each + 1)
     cut = next((n for n in more if config.batch_size % (n * each) == 0), None)
-    smaller = f"--accumulate {cut} (the same batch in smaller parts)" if cut else "a smaller model"
+    smaller = f"--{option} {cut} (the same batch in smaller parts)" if cut else "a smaller model"
     return (
         f"out of memory at step {setting.learner.step + 1}, with a batch of {config.batch_size} in {parts} "
         f"part{'s' if parts > 1 else ''} - start again with --overwrite and {smaller}, or --batch-size "
