@@ -182,7 +182,7 @@ class Fetching(Generic[Fetched]):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[Fetched]:
+    def __iter__(self) -> Iterator[Any]:
         if not self.workers:
             yield from self._loader(self.items, self.batches)
             return
