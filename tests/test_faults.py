@@ -867,7 +867,7 @@ def texts(folder):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_row_34_small_batches(tmp_path, cli, objective, size):
     """Finite, or a word on how many it takes; never a number that is none."""
     if OBJECTIVES[objective].reads == "text":
