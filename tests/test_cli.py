@@ -47,9 +47,9 @@ def run(tmp_path_factory):
 
 
 def refused(capsys, argv, *said):
-    """Exit code 2 and on stderr one short message that holds all of ``said``, nothing else."""
+    """Refused, with one short message on stderr that holds all of ``said``, nothing else."""
     capsys.readouterr()
-    assert main([str(word) for word in argv]) == 2
+    assert main([str(word) for word in argv]) in (2, 3, 4, 6)  # tests/test_faults.py: which
     message = capsys.readouterr().err
     assert message.startswith("error: "), message
     assert message.count("error: ") == 1, message
@@ -93,7 +93,7 @@ def test_version_in_a_real_process():
 
 def test_a_mistake_in_a_real_process(tmp_path):
     done = real("train", tmp_path / "nowhere", cwd=tmp_path)
-    assert done.returncode == 2
+    assert done.returncode == 3
     assert done.stdout == ""
     assert done.stderr.startswith("error: no folder and no data set is called")
     assert len(done.stderr.splitlines()) == 1
@@ -372,7 +372,7 @@ def test_check_lists_what_is_wrong(photos, capsys):
     bomb = Image.new("1", (30000, 30000))
     bomb.save(photos / "dog" / "bomb.png")
     before = contents(photos)
-    assert main(["check", str(photos)]) == 2
+    assert main(["check", str(photos)]) == 3
     out, err = capsys.readouterr()
     assert "4 rejected" in out
     for line in (
@@ -482,7 +482,7 @@ def test_what_is_no_run_or_no_image(run, photos, tmp_path, capsys):
     refused(capsys, ["predict", run], "no images given")
     (photos / "bad.png").write_bytes(b"no picture")
     several = ["predict", run, photos / "bad.png", photos / "cat" / "00.png", photos / "none.png"]
-    assert main(list(map(str, several))) == 2
+    assert main(list(map(str, several))) == 3
     out, err = capsys.readouterr()
     assert out.count("\n") == 1
     assert out.startswith(f"{photos / 'cat' / '00.png'}: ")

@@ -45,7 +45,7 @@ def test_a_run_on_shards_is_the_run_on_the_files(photos, tmp_path, capsys):
 
 def test_what_was_left_out_is_told(photos, tmp_path, capsys):
     (photos / "cat" / "03.png").write_bytes(b"<html>")
-    assert run("pack", photos, tmp_path / "shards") == 2
+    assert run("pack", photos, tmp_path / "shards") == 3
     assert "1 of 30 images rejected" in capsys.readouterr().err
     assert run("pack", photos, tmp_path / "shards", "--max-bad", "0.1") == 0
     said = capsys.readouterr().out
@@ -61,7 +61,7 @@ def test_labels_may_be_insisted_on(photos, tmp_path, capsys):
     assert "28 images to train on and 3 to test on, without labels" in capsys.readouterr().out
     assert run("pack", photos, tmp_path / "two", "--labels", "required") == 0
     assert "in 2 classes" in capsys.readouterr().out
-    assert run("train", tmp_path / "one", *TINY, "--out", tmp_path / "x") == 2
+    assert run("train", tmp_path / "one", *TINY, "--out", tmp_path / "x") == 3
     assert "--objective simdino" in capsys.readouterr().err
 
 

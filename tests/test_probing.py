@@ -8,7 +8,7 @@ import yaml
 
 from pellucid.data import ArrayImages, load_data
 from pellucid.data.dataset import from_arrays
-from pellucid.errors import CheckpointError, ConfigError, DataError
+from pellucid.errors import ConfigError, DataError
 from pellucid.glass.feed import batches
 from pellucid.measure import evaluate
 from pellucid.measure.features import features
@@ -64,7 +64,7 @@ def test_finetuning_begins_at_the_weights_with_a_fresh_classifier(run, digits, t
     assert scores == evaluate(tuned.model, batches(tuned.model, digits.test), digits.class_names)
     scratch = train(digits, model="crate_digits", model_args=TINY, out=str(tmp_path / "scratch"), **options)
     assert scores.accuracy > scratch.accuracy + 0.1
-    with pytest.raises(CheckpointError, match="holds a run already"):
+    with pytest.raises(ConfigError, match="holds a run already"):
         finetune(run.out, digits, digits, out=out, **options)
 
 

@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 from cyclopts import App, CycloptsError, Parameter, UnknownOptionError
 
 from pellucid import __version__
-from pellucid.errors import CheckpointError, ConfigError, DataError, PellucidError, suggest
+from pellucid.errors import (
+    EXIT_CODES,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    PellucidError,
+    ResourceError,
+    exit_code,
+    suggest,
+    unwritten,
+)
 from pellucid.training.config import OPTION_HELP, TrainConfig, read_config
 
 if TYPE_CHECKING:
@@ -25,7 +35,9 @@ app = App(
     name="pellucid",
     version=f"pellucid {__version__}",
     help="White-box transformers: train on images or text, audit every layer, read the report.",
+    help_epilogue="Exit codes:\n\n" + "\n".join(f"{code:>5}  {said}" for code, said in EXIT_CODES.items()),
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,
     default_parameter=Parameter(negative=()),
 )
 
@@ -229,6 +241,20 @@ def train(
         raise ConfigError("--beside stands in the report - leave out --no-report")
     else:
         _train(chosen, resume, overwrite)
+
+
+@app.command
+def replay(listed: Path) -> None:
+    """Run a batch once more that gave a loss or gradient that is not finite, and say where it begins.
+
+    Parameters
+    ----------
+    listed
+        The file that the run has listed it in: bad/step-N.json.
+    """
+    from pellucid.training.replay import replay as again
+
+    again(listed, say=say)
 
 
 @app.command
@@ -1323,7 +1349,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         print(f"error: {_printable(_message(error))}", file=sys.stderr)
-        return error.exit_code if isinstance(error, PellucidError) else 2
+        return exit_code(error)
     except KeyboardInterrupt:
         print("error: interrupted - nothing was left half written", file=sys.stderr)
         return 130
@@ -1578,13 +1604,11 @@ def _refuse_model_folder(out: Path, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not out.is_dir() or {path.name for path in out.iterdir()} - {TOKENIZER} != {CONFIG, WEIGHTS}:
-        raise CheckpointError(
+        raise ConfigError(
             f"{out} exists and is not a model/ folder - take another --out; it is left as it is"
         )
     if not overwrite:
-        raise CheckpointError(
-            f"{out} holds a model already - give --overwrite to replace it, or another --out"
-        )
+        raise ConfigError(f"{out} holds a model already - give --overwrite to replace it, or another --out")
 
 
 def _read_names(path: Path, count: int) -> list[str]:
@@ -1679,9 +1703,10 @@ def _write_model(config: dict[str, Any], weights: dict[str, Any], out: Path) -> 
             write_flushed(scratch / WEIGHTS, data)
             write_flushed(scratch / CONFIG, json.dumps(config, indent=1).encode())
     except OSError as error:
-        raise CheckpointError(
+        raise unwritten(
             f"cannot write {out}: {error.strerror or error}, it needs {len(data) / 1e6:.1f} MB - make room "
-            f"or take another --out"
+            f"or take another --out",
+            error,
         ) from error
     return int(config["num_parameters"])
 
@@ -1748,9 +1773,9 @@ def _write(path: Path, text: str | bytes) -> None:
     _refuse_output(path)
     try:
         write_file(path, text)
-    except CheckpointError as error:
+    except ResourceError as error:
         reason = getattr(error.__cause__, "strerror", None) or "failed"
-        raise ConfigError(f"cannot write {path}: {reason} - make room, or name another file") from error
+        raise ResourceError(f"cannot write {path}: {reason} - make room, or name another file") from error
 
 
 class _bar:  # noqa: N801

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from pellucid.data import ImageData, eval_loader, load_data
-from pellucid.errors import CheckpointError, ConfigError, DataError, Stopped
+from pellucid.errors import ConfigError, DataError, Stopped
 from pellucid.glass.bundle import audit_or_none, collect_comparison
 from pellucid.glass.feed import batches, eval_view
 from pellucid.glass.report import render_comparison
@@ -116,7 +116,7 @@ def compare(
 
     Raises:
         ConfigError, DataError: before anything is trained.
-        CheckpointError: ``out`` is in use, or holds no comparison to resume.
+        ConfigError: ``out`` is in use, or holds no comparison to resume.
         Stopped: by a signal; everything done so far is kept.
     """
     out, recipe = Path(out), dict(recipe or {})
@@ -237,11 +237,11 @@ def _width(spec: Spec, images: ImageData) -> int:
 def _claim(out: Path, resume: bool) -> None:
     used = out.exists() and (not out.is_dir() or any(out.iterdir()))
     if used and not resume:
-        raise CheckpointError(
+        raise ConfigError(
             f"{out} is not empty - give --resume to go on with the comparison in it, or another --out"
         )
     if resume and not used:
-        raise CheckpointError(
+        raise ConfigError(
             f"nothing to resume: {out} holds no comparison - leave out --resume, or check --out"
         )
 

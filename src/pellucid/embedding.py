@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pellucid.data import ImageData, ImageRejected, ImageSet, eval_loader, read_image, show_name
-from pellucid.errors import ConfigError, DataError
+from pellucid.errors import ConfigError, DataError, unwritten
 from pellucid.glass.feed import eval_view
 from pellucid.measure.features import Features, Tokens, feature_batches, features, patch_grid, prefix_length
 from pellucid.training.checkpoint import new_file
@@ -386,8 +386,8 @@ def _written(path: Path) -> Iterator[Path]:
         with new_file(path) as scratch:
             yield scratch
     except OSError as error:
-        raise ConfigError(
-            f"cannot write {path}: {error.strerror or error} - make room, or name another file"
+        raise unwritten(
+            f"cannot write {path}: {error.strerror or error} - make room, or name another file", error
         ) from error
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from pellucid import __version__, analytic
 from pellucid.analytic.saved import DESCRIPTION, save_estimator
 from pellucid.data import ImageData, ImageSet, View, eval_loader, load_data
-from pellucid.errors import CheckpointError, ConfigError, DataError, suggest
+from pellucid.errors import ConfigError, DataError, suggest, unwritten
 from pellucid.glass.report import render_fit
 from pellucid.glass.sheets import MAX_WIDTH, sheet
 from pellucid.measure.scores import wilson_interval
@@ -638,7 +638,8 @@ def fit(
     Raises:
         ConfigError: an unknown method or option, with the nearest known, or a value that cannot be.
         DataError: data that the method cannot use.
-        CheckpointError: ``out`` is in use, or cannot be written.
+        ConfigError: ``out`` holds something already.
+        ResourceError: the disk is full.
     """
     out = Path(out)
     chosen = _method(method)
@@ -862,11 +863,9 @@ def _refuse_folder(out: Path, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / DESCRIPTION).is_file():
-        raise CheckpointError(
-            f"{out} exists and is not a fit's folder - take another --out; it is left as it is"
-        )
+        raise ConfigError(f"{out} exists and is not a fit's folder - take another --out; it is left as it is")
     if not overwrite:
-        raise CheckpointError(f"{out} holds a fit already - give --overwrite to replace it, or another --out")
+        raise ConfigError(f"{out} holds a fit already - give --overwrite to replace it, or another --out")
 
 
 def _write_folder(out: Path, files: Mapping[str, bytes]) -> None:
@@ -877,9 +876,10 @@ def _write_folder(out: Path, files: Mapping[str, bytes]) -> None:
                 write_flushed(scratch / name, content)
     except OSError as error:
         needed = sum(map(len, files.values())) / 1e6
-        raise CheckpointError(
+        raise unwritten(
             f"cannot write {out}: {error.strerror or error}, it needs {needed:.1f} MB - make room or take "
-            f"another --out"
+            f"another --out",
+            error,
         ) from error
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pellucid.data import ImageRejected, read_image, show_name, to_channels
-from pellucid.errors import ConfigError, DataError, suggest
+from pellucid.errors import ConfigError, DataError, suggest, unwritten
 from pellucid.glass.feed import eval_view
 from pellucid.glass.segments import Shown, colour_picture, overlay, reduced, segment_page
 from pellucid.measure import coco
@@ -370,8 +370,9 @@ def _written(final: Path) -> Iterator[Path]:
         with new_folder(final) as scratch:
             yield scratch
     except OSError as error:
-        raise ConfigError(
-            f"cannot write {show_name(final)}: {error.strerror or error} - make room, or take another --out"
+        raise unwritten(
+            f"cannot write {show_name(final)}: {error.strerror or error} - make room, or take another --out",
+            error,
         ) from error
 
 

@@ -38,7 +38,7 @@ from pellucid.data import shards as reading
 from pellucid.data.loaders import ViewedSet
 from pellucid.data.shards import INDEX, INFO, ShardImages, read_index, write_index
 from pellucid.data.tars import read_archive
-from pellucid.errors import ConfigError, DataError
+from pellucid.errors import ConfigError, DataError, ResourceError
 
 SMALL = 0.02  # MB: a few pictures in each archive
 
@@ -317,7 +317,7 @@ def test_hostile_names_are_kept_and_shown_safely(tmp_path):
 def test_what_stands_there_is_left_alone(pets, packed, tmp_path):
     data = load_data(pets)
     before = {path.name: path.read_bytes() for path in packed.iterdir()}
-    with pytest.raises(DataError, match="holds shards already - give --overwrite"):
+    with pytest.raises(ConfigError, match="holds shards already - give --overwrite"):
         pack(data, packed)
     assert {path.name: path.read_bytes() for path in packed.iterdir()} == before
     assert pack(data, packed, overwrite=True).shards == 2
@@ -325,13 +325,13 @@ def test_what_stands_there_is_left_alone(pets, packed, tmp_path):
     for name in ("folder", "file"):
         place = tmp_path / name
         (place.mkdir() or (place / "precious").write_text("x")) if name == "folder" else place.write_text("x")
-        with pytest.raises(DataError, match="exists and holds no shards"):
+        with pytest.raises(ConfigError, match="exists and holds no shards"):
             pack(data, place, overwrite=True)
     assert (tmp_path / "folder" / "precious").read_text() == "x"
     (tmp_path / "empty").mkdir()
     assert pack(data, tmp_path / "empty").train == 20
     for inside in (pets, pets / "cat" / "shards"):
-        with pytest.raises(DataError, match="lies in the folder that is packed"):
+        with pytest.raises(ConfigError, match="lies in the folder that is packed"):
             pack(data, inside)
 
 
@@ -342,12 +342,12 @@ def test_a_full_disk_leaves_nothing(pets, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(packing, "flush", full)
-    with pytest.raises(DataError, match="No space left on device - make room"):
+    with pytest.raises(ResourceError, match="No space left on device - make room"):
         pack(data, tmp_path / "out")
     assert os.listdir(tmp_path) == ["pets"]
     monkeypatch.undo()
     monkeypatch.setattr(packing.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 100))
-    with pytest.raises(DataError, match=r"needs 0\.0 GB, 0\.0 GB are free"):
+    with pytest.raises(ResourceError, match=r"needs 0\.0 GB, 0\.0 GB are free"):
         pack(data, tmp_path / "deep" / "er" / "out")
     assert os.listdir(tmp_path) == ["pets"]
 
@@ -397,7 +397,7 @@ def test_two_packers_to_one_place(pets, tmp_path):
     other.mkdir()
     with open(other / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(DataError, match="is being packed by another process"):
+        with pytest.raises(ConfigError, match="is being packed by another process"):
             pack(load_data(pets), tmp_path / "out")
         assert other.exists()
     assert pack(load_data(pets), tmp_path / "out").train == 20

@@ -142,13 +142,13 @@ def test_what_supervised_training_is_told(tmp_path):
 
 def test_check_on_the_command_line(tmp_path, capsys):
     root = flat(tmp_path / "photos")
-    assert main(["check", str(root)]) == 2
+    assert main(["check", str(root)]) == 3
     out, err = capsys.readouterr()
     assert "no class folders: 20 images without labels" in out
     assert "--labels optional" in err
     assert main(["check", str(root), "--labels", "optional"]) == 0
     (root / "00.png").write_bytes(b"")
-    assert main(["check", str(root), "--labels", "optional"]) == 2
+    assert main(["check", str(root), "--labels", "optional"]) == 3
     assert "1 of 20 images rejected" in capsys.readouterr().out
 
 

@@ -18,7 +18,7 @@ from pellucid.models import create_model
 from pellucid.training import open_run, train
 from pellucid.training.masked import MAE
 from pellucid.training.pictures import Pictures
-from pellucid.training.run import OBJECTIVES, _set_up
+from pellucid.training.run import OBJECTIVES, set_up
 
 TINY = {"embed_dim": 16, "depth": 1, "num_heads": 2}
 
@@ -143,7 +143,7 @@ def test_the_map_is_the_principal_plane(simdino, collected, digits):
 
 
 def test_views_are_those_of_the_training(simdino, collected, digits):
-    material = _set_up(simdino.config, Pictures(digits, OBJECTIVES["simdino"])).material
+    material = set_up(simdino.config, Pictures(digits, OBJECTIVES["simdino"])).material
     assert isinstance(material, Pictures)
     assert training_views(simdino, digits) == material.views
     for shown in collected["views"]["images"]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pellucid.errors import ConfigError
 from pellucid.training import TrainConfig, read_config, train
-from pellucid.training.config import FREE, OPTION_HELP, refuse_changes
+from pellucid.training.config import FIXED, FORK, FREE, OPTION_HELP, refuse_changes
 
 NAMES = [field.name for field in fields(TrainConfig)]
 
@@ -24,7 +24,7 @@ OTHER = {
     "precision": "bf16", "accumulate": 2, "workers": 3, "eval_every": 2, "save_every": 7,
     "init_from": "there", "new_head": True, "max_bad": 0.5, "download": True, "data_root": "root",
     "threads": 2, "engine": "plain", "accelerator": "cpu", "devices": 2, "nodes": 2,
-    "strategy": "fsdp", "checkpoint_format": "sharded",
+    "strategy": "fsdp", "checkpoint_format": "sharded", "data_timeout": 5, "max_skipped": 1, "exact": 4,
 }  # fmt: skip
 """A valid value of every option that is not its default."""
 
@@ -159,19 +159,22 @@ def test_yaml_reads_exponents_as_text_and_is_understood():
 def test_an_option_of_a_resumed_run_is_fixed_or_free(name):
     saved = TrainConfig(data="digits")
     asked = TrainConfig.from_mapping({"data": "digits", name: OTHER[name]})
+    change = f"{name} {getattr(saved, name)} -> {getattr(asked, name)}"
+    assert sum(name in kind for kind in (FREE, FORK, FIXED)) == 1
     if name in FREE:
+        assert refuse_changes(saved, asked) == ([] if name == "out" else [f"{change} (allowed)"])
+        return
+    with pytest.raises(ConfigError, match="cannot resume with other options") as error:
         refuse_changes(saved, asked)
-    else:
-        with pytest.raises(ConfigError, match="cannot resume with other options") as error:
-            refuse_changes(saved, asked)
-        assert f"{name} {getattr(saved, name)} -> {getattr(asked, name)}" in str(error.value)
+    assert f"{change} ({'in a new run only' if name in FORK else 'never'}" in str(error.value)
+    assert ("--init-from" in str(error.value)) == (name in FORK)
 
 
 def test_what_is_free_computes_the_same():
     """Nothing that the result depends on may be changed on resuming."""
     places = {"out", "data_root", "download", "save_every", "workers", "threads", "engine"}
     places |= {"accelerator", "devices", "nodes", "strategy", "checkpoint_format"}
-    assert places | {"stop_on_collapse"} == FREE
+    assert places | {"stop_on_collapse", "data_timeout", "max_skipped"} == FREE
 
 
 @pytest.mark.parametrize(
@@ -222,7 +225,9 @@ def test_a_resumed_run_refuses_another_option(digits, tmp_path, differences):
     run = tmp_path / "run"
     digits.stopped(run, 3)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    with pytest.raises(ConfigError, match=r"other options: seed 0 -> 1; lr 0\.003 -> 0\.1 - leave them"):
+    with pytest.raises(
+        ConfigError, match=r"other options - leave them.*\n  seed 0 -> 1.*\n  lr 0\.003 -> 0\.1"
+    ):
         digits.train(run, resume=True, lr=0.1, seed=1)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     digits.train(run, resume=True, save_every=4, engine="plain", threads=1)

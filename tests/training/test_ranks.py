@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from pellucid.data import Crops
-from pellucid.errors import CheckpointError, ConfigError, NumericsError
+from pellucid.errors import ConfigError, NumericsError, ResourceError
 from pellucid.models import create_model
 from pellucid.training import train
 from pellucid.training.checkpoint import load_checkpoint, save_sharded
@@ -283,7 +283,7 @@ def test_each_process_writes_its_rows_of_a_checkpoint(fails, together, tmp_path)
             tensors["rows 5"].to_local().zero_()
             if rank() == 1:
                 HuggingFaceStorageWriter.write_data = full
-            with pytest.raises(CheckpointError, match=r"process 1: OSError: .*No space.*step-00000003"):
+            with pytest.raises(ResourceError, match=r"process 1: OSError: .*No space.*step-00000003"):
                 save_sharded(folder, 5, tensors, {})
         return {}
 

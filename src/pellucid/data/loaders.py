@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import faulthandler
+import itertools
+import logging
+import os
+import re
+import signal
+import tempfile
+import threading
+import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import IO, Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from pellucid.data.crops import Crops, MaskedView, MultiView
 from pellucid.data.dataset import ImageSet
@@ -16,6 +25,7 @@ from pellucid.data.views import View
 from pellucid.errors import ConfigError, DataError
 
 Key = tuple[int, int]  # (index, epoch)
+Fetched = TypeVar("Fetched")
 Batch = tuple[torch.Tensor | Crops, torch.Tensor, torch.Tensor]
 """x float32 (b, c, h, w) or several views, y int64 (b,), index int64 (b,): which items these are."""
 
@@ -101,6 +111,10 @@ class ViewedSet(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.images)
 
+    def name(self, i: int) -> str:
+        """What to call an item in a message; safe to print."""
+        return self.images.name(i)
+
     def __getitem__(self, key: Key) -> Batch:
         return self.__getitems__([key])
 
@@ -117,7 +131,7 @@ def train_loader(
     sampler: StepSampler,
     workers: int = 0,
     timeout: float = 60.0,
-) -> DataLoader[Batch]:
+) -> Fetching[Batch]:
     """One Batch per micro-batch of ``sampler``. ``timeout`` seconds for a worker to answer."""
     return fetching(ViewedSet(images, view), sampler, workers, timeout)
 
@@ -129,7 +143,7 @@ def eval_loader(
     workers: int = 0,
     limit: int | None = None,
     timeout: float = 60.0,
-) -> DataLoader[Batch]:
+) -> Fetching[Batch]:
     """Every picture once, in index order; with ``limit``, that many, evenly spaced to meet all classes."""
     batches = evenly_spaced(len(images), batch_size, limit)
     return fetching(ViewedSet(images, view), batches, workers, timeout)
@@ -144,23 +158,177 @@ def evenly_spaced(n: int, batch_size: int, limit: int | None) -> list[list[Key]]
     return [keys[first : first + batch_size] for first in range(0, count, batch_size)]
 
 
+class Fetching(Generic[Fetched]):
+    """What a data set makes of each of these batches of keys, fetched by so many worker processes.
+
+    What an item becomes is a function of its key, so a worker that dies is replaced and asked again, and no
+    batch changes by it. Each worker runs on one torch thread, as DataLoader sees to itself.
+
+    Args:
+        items: ``items.__getitems__(keys)`` is a batch; ``items.name(i)``, if there, is what to call one item.
+        batches: of (index, epoch). Iterating again begins at the first again.
+        workers: 0 fetches in this process.
+        timeout: seconds for a worker to answer.
+
+    Raises:
+        DataError: while iterating: a worker died twice at one batch, or did not answer in time.
+    """
+
+    def __init__(
+        self, items: Dataset[Any], batches: StepSampler | list[list[Key]], workers: int, timeout: float
+    ) -> None:
+        self.items, self.batches, self.workers, self.timeout = items, batches, workers, timeout
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self.workers:
+            yield from self._loader(self.items, self.batches)
+            return
+        done, begun, died_at = 0, 0, -1
+        while True:
+            counted = _Counted(self.items, self.workers)
+            # A file that every worker inherits: where one hangs, it writes down what it is at.
+            with tempfile.TemporaryFile() as stacks:
+                fetched = self._begun(counted, done, stacks)
+                try:
+                    while True:
+                        batch = self._next(fetched, (done - begun) % self.workers, done, stacks)
+                        if batch is None:
+                            return
+                        yield batch
+                        done += 1
+                except RuntimeError as error:
+                    if not re.search("exited unexpectedly|is killed by signal", str(error)):
+                        raise
+                    number, how = _ending(fetched)
+                    at = begun + counted.batch(number)
+                    said = f"data worker {number} of {self.workers} {how} near {self._near(at)}"
+                    if died_at == at:
+                        raise DataError(
+                            f"{said}: it died there twice\nlook at those files, take fewer --workers for "
+                            f"more memory, or --workers 0 to see its own error"
+                        ) from error
+                    logging.getLogger("pellucid").warning("%s - trying once more with new ones", said)
+                    begun, died_at = done, at
+                    del fetched
+
+    def _begun(self, counted: _Counted, done: int, stacks: IO[bytes]) -> Iterator[Any]:
+        """Workers at work. PyTorch's handler for one that dies would raise in the middle of a step."""
+        before = signal.getsignal(signal.SIGCHLD)
+        fetched = iter(self._loader(counted, _From(self.batches, done), stacks))
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGCHLD, before)
+        return fetched
+
+    def _next(self, fetched: Iterator[Any], number: int, done: int, stacks: IO[bytes]) -> Any:
+        """The next batch, or None behind the last one. RuntimeError where a worker is dead."""
+        asked = time.monotonic()
+        while True:
+            try:
+                return next(fetched, None)
+            except RuntimeError as error:
+                if "DataLoader timed out" not in str(error):
+                    raise
+                if time.monotonic() - asked >= self.timeout:
+                    raise DataError(self._hung(fetched, number, done, stacks)) from error
+
+    def _loader(
+        self,
+        items: Dataset[Any],
+        batches: StepSampler | list[list[Key]] | _From,
+        stacks: IO[bytes] | None = None,
+    ) -> DataLoader[Any]:
+        def begin(_: int) -> None:
+            if stacks is not None:
+                faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=False)
+
+        return DataLoader(
+            items,
+            batch_sampler=batches,
+            collate_fn=_as_fetched,
+            num_workers=self.workers,
+            # So often it is seen whether a worker has died; after a time-out, one may go on waiting.
+            timeout=min(1.0, self.timeout) if self.workers else 0,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=begin if self.workers else None,
+            # Without a generator of its own, every iteration would draw from the global random state.
+            generator=torch.Generator(),
+        )
+
+    def _near(self, done: int) -> str:
+        """The items of a batch."""
+        keys = next(itertools.islice(iter(self.batches), done, None), [])
+        name = getattr(self.items, "name", lambda i: f"item {i}")
+        names = [name(index) for index, _ in keys[:2]]
+        return f"{', '.join(names)}{', ...' if len(keys) > 2 else ''}"
+
+    def _hung(self, fetched: Any, number: int, done: int, stacks: IO[bytes]) -> str:
+        at = ""
+        workers = getattr(fetched, "_workers", [])
+        if number < len(workers) and workers[number].is_alive():
+            os.kill(workers[number].pid, signal.SIGUSR2)
+            time.sleep(0.2)
+            stacks.seek(0)
+            frames = [line.strip() for line in stacks.read().decode(errors="replace").splitlines()]
+            at = next((f", at {frame}" for frame in frames if frame.startswith("File ")), "")
+        return (
+            f"data worker {number} of {self.workers} has not answered for {self.timeout:g} s near "
+            f"{self._near(done)}{at} - a slow disk? give a longer --data-timeout, or fewer --workers"
+        )
+
+
+class _Counted(Dataset[Any]):
+    """A data set that keeps count, for the parent, of the batches that each worker has begun."""
+
+    def __init__(self, items: Any, workers: int) -> None:
+        self.items, self.workers = items, workers
+        self.begun = torch.zeros(workers, dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitems__(self, keys: Sequence[Key]) -> Any:
+        told = get_worker_info()
+        if told is not None:
+            self.begun[told.id] += 1
+        return self.items.__getitems__(keys)
+
+    def batch(self, number: int) -> int:
+        """The batch, counted from the first that was dealt out, that worker ``number`` was last at."""
+        return number + max(0, int(self.begun[number]) - 1) * self.workers
+
+
+def _ending(fetched: Any) -> tuple[int, str]:
+    """Which worker is gone, how, and why that may be."""
+    ended = [(i, w.exitcode) for i, w in enumerate(fetched._workers) if w.exitcode is not None]
+    number, code = ended[0] if ended else (0, 0)
+    if code >= 0:
+        return number, f"ended with exit code {code}"
+    by = signal.Signals(-code)
+    likely = "likely for want of memory" if by == signal.SIGKILL else "likely a crash in what reads files"
+    return number, f"was killed by {by.name} ({likely})"
+
+
+class _From:
+    """The batches from a place on."""
+
+    def __init__(self, batches: StepSampler | list[list[Key]], first: int) -> None:
+        self.batches, self.first = batches, first
+
+    def __len__(self) -> int:
+        return max(0, len(self.batches) - self.first)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return itertools.islice(iter(self.batches), self.first, None)
+
+
 def fetching(
     items: Dataset[Any], batches: StepSampler | list[list[Key]], workers: int, timeout: float
-) -> DataLoader[Any]:
-    """A loader of what ``items`` makes of each of these batches of keys.
-
-    Each worker runs on one torch thread, as DataLoader sees to itself.
-    """
-    return DataLoader(
-        items,
-        batch_sampler=batches,
-        collate_fn=_as_fetched,
-        num_workers=workers,
-        timeout=timeout if workers else 0,
-        pin_memory=torch.cuda.is_available(),
-        # Without a generator of its own, every iteration would draw from the global random state.
-        generator=torch.Generator(),
-    )
+) -> Fetching[Any]:
+    """A loader of what ``items`` makes of each of these batches of keys."""
+    return Fetching(items, batches, workers, timeout)
 
 
 def _as_fetched(batch: Any) -> Any:

@@ -34,7 +34,7 @@ from pellucid.data.load import MAX_BAD
 from pellucid.data.randomness import order
 from pellucid.data.shards import COLUMNS, Columns, Index, flush, is_packed, packed_names, write_index
 from pellucid.data.verify import header_of, refusal
-from pellucid.errors import ConfigError, DataError
+from pellucid.errors import ConfigError, DataError, ResourceError, unwritten
 
 MAX_SHARD_MB = 500
 _KEY_DIGITS = 9
@@ -88,8 +88,8 @@ def pack(
             packed = _write(data, folder, scratch, int(max_shard_mb * 1e6), max_bad, progress)
             _put(scratch, folder)
     except OSError as error:
-        raise DataError(
-            f"cannot write {where}: {error.strerror or error} - make room, or name another"
+        raise unwritten(
+            f"cannot write {where}: {error.strerror or error} - make room, or name another", error
         ) from error
     return packed
 
@@ -282,12 +282,12 @@ def _refuse_place(folder: str, data: ImageData, overwrite: bool) -> None:
     where = show_name(folder)
     source = os.path.realpath(data.train.root) if isinstance(data.train, FileImages) else ""
     if source and os.path.commonpath([source, os.path.realpath(folder)]) == source:
-        raise DataError(f"{where} lies in the folder that is packed - name a place outside of it")
+        raise ConfigError(f"{where} lies in the folder that is packed - name a place outside of it")
     if os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
         if not is_packed(folder):
-            raise DataError(f"{where} exists and holds no shards - name another place; it is left as it is")
+            raise ConfigError(f"{where} exists and holds no shards - name another place; it is left as it is")
         if not overwrite:
-            raise DataError(
+            raise ConfigError(
                 f"{where} holds shards already - give --overwrite to replace them, or name another"
             )
     encoded = [images for images in (data.train, data.test) if isinstance(images, EncodedImages)]
@@ -297,7 +297,7 @@ def _refuse_place(folder: str, data: ImageData, overwrite: bool) -> None:
         parent = os.path.dirname(parent)
     free = shutil.disk_usage(parent).free
     if needed > free:
-        raise DataError(
+        raise ResourceError(
             f"{where} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
             " - make room, or name another place"
         )
@@ -336,7 +336,7 @@ def _sweep(leftover: str, folder: str) -> None:
     try:
         lock = _locked(leftover)
     except BlockingIOError:
-        raise DataError(f"{show_name(folder)} is being packed by another process - wait for it") from None
+        raise ConfigError(f"{show_name(folder)} is being packed by another process - wait for it") from None
     shutil.rmtree(leftover, ignore_errors=True)
     os.close(lock)
 

@@ -8,10 +8,10 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from pellucid.data.documents import TextSet
-from pellucid.data.loaders import Key, StepSampler, evenly_spaced, fetching
+from pellucid.data.loaders import Fetching, Key, StepSampler, evenly_spaced, fetching
 from pellucid.data.randomness import draws
 from pellucid.data.tokenizers import Tokenizer
 from pellucid.errors import ConfigError, DataError
@@ -221,7 +221,7 @@ class Windows(Dataset[TokenBatch]):
 
 def token_loader(
     windows: Windows, sampler: StepSampler, workers: int = 0, timeout: float = 60.0
-) -> DataLoader[TokenBatch]:
+) -> Fetching[TokenBatch]:
     """One TokenBatch per micro-batch of ``sampler``. ``timeout`` seconds for a worker to answer."""
     return fetching(windows, sampler, workers, timeout)
 
@@ -232,7 +232,7 @@ def eval_token_loader(
     workers: int = 0,
     limit: int | None = None,
     timeout: float = 60.0,
-) -> DataLoader[TokenBatch]:
+) -> Fetching[TokenBatch]:
     """Every window once, in order, as in epoch 0; with ``limit``, that many, evenly spaced."""
     return fetching(windows, evenly_spaced(len(windows), batch_size, limit), workers, timeout)
 

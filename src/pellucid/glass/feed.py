@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from torch.utils.data import DataLoader
-
 from pellucid.data import Batch, ImageSet, TextData, View, Windows, eval_loader, eval_token_loader
+from pellucid.data.loaders import Fetching
 from pellucid.errors import ConfigError
 from pellucid.models.language import LanguageModel
 
@@ -59,7 +58,7 @@ def text_windows(
 
 def batches(
     model: Any, data: ImageSet | TextData, batch_size: int = 64, limit: int | None = None
-) -> DataLoader[Batch] | DataLoader[Any]:
+) -> Fetching[Batch] | Fetching[Any]:
     """``(pictures, labels, index)`` as the model takes them, every picture once in order; or held-out text.
 
     Args:

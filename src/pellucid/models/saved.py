@@ -112,8 +112,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file, and of nothing else."""
     try:
         with open(path, "rb") as file:
-            magic = file.read(4)
-        if magic[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or magic == b"PK\x03\x04":
+            magic = file.read(9)
+        # A safetensors file begins with the length of its header, which may look like a pickle's first bytes.
+        if magic[8:] != b"{" and (
+            magic[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or magic[:4] == b"PK\x03\x04"
+        ):
             raise CheckpointError(
                 f"refused: {path} is a pickle, which can run code when loaded - use a safetensors file"
             )
@@ -156,28 +159,39 @@ def load_matched(model: nn.Module, state: Mapping[str, Tensor], where: str = "th
     model.load_state_dict(dict(state))
 
 
-def copy_weights(model: nn.Module, path: str | os.PathLike[str], *, new_head: bool = False) -> None:
+def copy_weights(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    new_head: bool = False,
+    class_names: Sequence[str] = (),
+) -> None:
     """Start a model from the weights of a saved one: ``--init-from``.
 
     Args:
         model: to be filled, made by ``create_model``.
         path: a run, a model folder or a ``.safetensors`` file.
         new_head: leave the model's fresh classifier in place of the saved one.
+        class_names: what the data call their classes, where the model is to tell them apart.
 
     Raises:
         CheckpointError: another architecture or class count, naming both and the way on.
     """
     source = Path(path)
+    known: Sequence[str] = ()
+    sizes = ""
     if source.is_file():
         state = read_weights(source)
     else:
         folder = _model_folder(source)
-        state = read_weights(folder / WEIGHTS)
-        saved = _read_config(folder)[0]
+        saved, arguments, cfg = _read_config(folder)
         if saved != model.architecture:
             raise CheckpointError(
                 f"{path} is {saved}, the run asks for {model.architecture} - give --model {saved}"
             )
+        known = cfg.get("label_names") or ()
+        sizes = _other_sizes(arguments, vars(model).get("model_args", {}))
+        state = read_weights(folder / WEIGHTS)
     head = _head(model)
     if new_head and head is None:
         raise CheckpointError("a language model has no classifier to begin anew - leave out --new-head")
@@ -197,7 +211,30 @@ def copy_weights(model: nn.Module, path: str | os.PathLike[str], *, new_head: bo
                 f"{path} knows {len(theirs[key])} classes, the data has {len(ours[key])} - give --new-head "
                 f"to learn a fresh classifier, or train on data with the same classes"
             )
-    load_matched(model, theirs, where=str(path))
+    if known and class_names and not new_head and list(known) != list(class_names):
+        same = sorted(known) == sorted(class_names)
+        raise CheckpointError(
+            f"{path} knows {_some(known)}, the data has {_some(class_names)}"
+            f"{' in another order' if same else ''} - give --new-head to learn a fresh classifier, or train "
+            f"on data with the same classes"
+        )
+    load_matched(model, theirs, where=f"{path}{sizes}")
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{len(names)} classes ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+
+
+_SIZES = ("embed_dim", "depth", "num_heads", "patch_size", "img_size", "dim_head", "mlp_ratio", "context")
+
+
+def _other_sizes(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """What two models of one name were told differently about their sizes, and the way on; may be empty."""
+    other = [key for key in _SIZES if saved.get(key) != ours.get(key)][:5]
+    told = ", ".join(f"{key} {saved.get(key, 'as named')}" for key in other)
+    asked = ", ".join(f"{key} {ours.get(key, 'as named')}" for key in other)
+    give = " ".join(f"--model-arg {key}={saved[key]}" for key in other if key in saved)
+    return f" ({told}; the run asks for {asked} - give {give or 'the same'})" if other else ""
 
 
 def _head(model: Any) -> str | None:

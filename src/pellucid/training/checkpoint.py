@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
-from pellucid.errors import CheckpointError, NumericsError
+from pellucid.errors import CheckpointError, ConfigError, NumericsError, ResourceError, gives_out
 from pellucid.training.ranks import local
 
 MANIFEST = "MANIFEST.json"
@@ -58,7 +59,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], meta: d
 
     Raises:
         NumericsError: a tensor holds NaN or infinity. Nothing is written.
-        CheckpointError: the disk is full or the folder cannot be written; earlier checkpoints stand.
+        ResourceError: the disk is full or the folder cannot be written; earlier checkpoints stand.
     """
     bad = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
     if bad:
@@ -90,7 +91,7 @@ def save_sharded(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict
 
     Raises:
         NumericsError: a tensor holds NaN or infinity, in any process. Nothing is written.
-        CheckpointError: a process could not write; earlier checkpoints stand.
+        ResourceError: a process could not write; earlier checkpoints stand.
     """
     from torch import distributed as dist
     from torch.distributed import checkpoint as dcp
@@ -117,7 +118,7 @@ def save_sharded(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict
             dcp.save(ours, storage_writer=dcp.HuggingFaceStorageWriter(place[0], save_distributed=True))
         except CheckpointException as error:  # in every process, whichever of them failed
             number, (reason, _) = next(iter(error.failures.items()))
-            raise CheckpointError(
+            raise ResourceError(
                 f"cannot write: process {number}: {type(reason).__name__}: {reason} - make room, then run "
                 f"again with --resume; {last_good(folder)}"
             ) from error
@@ -160,13 +161,25 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         reason = _damage(path)
         if reason is None:
             meta = json.loads((path / "state.json").read_bytes())
-            return Checkpoint(meta.pop("step"), _tensors(path), meta, damaged)
+            tensors = _tensors(path)
+            bad = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
+            if not bad:
+                return Checkpoint(meta.pop("step"), tensors, meta, damaged)
+            reason = f"holds {len(bad)} non-finite tensors ({', '.join(bad[:3])})"
         damaged.append(f"{path.name}: {reason}")
     if damaged:
         raise CheckpointError(
             f"no valid checkpoint in {folder} - start again with --overwrite\n" + "\n".join(damaged[:3])
         )
     return None
+
+
+def read_checkpoint(path: Path) -> Checkpoint | None:
+    """The checkpoint in this very folder; None where there is none, or it is damaged."""
+    if _damage(path) is not None:
+        return None
+    meta = json.loads((path / "state.json").read_bytes())
+    return Checkpoint(meta.pop("step"), _tensors(path), meta)
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -273,7 +286,7 @@ def saving(folder: Path, needed: int) -> Iterator[None]:
         full = what.get(error.errno or 0)
         free = f", {_megabytes(shutil.disk_usage(folder).free)} free" if folder.exists() else ""
         remedy = "make room, then run again with --resume" if full else "check the folder, or take another"
-        raise CheckpointError(
+        raise ResourceError(
             f"{full or 'cannot write'}: needs {_megabytes(needed)}{free} on {folder} "
             f"({error.strerror}) - {remedy}; {last_good(folder)}"
         ) from error
@@ -286,16 +299,22 @@ _held: set[int] = set()
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder against a second run. The kernel lets go when the process ends, however it ends."""
-    descriptor = os.open(folder / "run.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        descriptor = os.open(folder / "run.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        if gives_out(error):
+            raise
+        raise ConfigError(f"cannot write {folder}: {error.strerror} - take another --out") from error
     _held.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
-            raise CheckpointError(f"{folder} is in use by {holder} - wait, or take another --out") from None
+            raise ConfigError(f"{folder} is in use by {holder} - wait, or take another --out") from None
         os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"pid {os.getpid()} on {os.uname().nodename}".encode())
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.write(descriptor, f"pid {os.getpid()} on {os.uname().nodename} since {since}".encode())
         yield
     finally:
         if descriptor in _held:

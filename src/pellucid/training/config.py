@@ -22,9 +22,19 @@ Accelerator = Literal["auto", "cpu", "gpu", "cuda", "mps"]
 Strategy = Literal["auto", "ddp", "fsdp"]
 CheckpointFormat = Literal["whole", "sharded"]
 
-FREE = {"out", "workers", "threads", "save_every", "download", "data_root", "engine"}
+FREE = {"out", "workers", "threads", "save_every", "download", "data_root", "engine", "data_timeout"}
 FREE |= {"accelerator", "devices", "nodes", "strategy", "checkpoint_format", "stop_on_collapse"}
+FREE |= {"max_skipped"}
 """What a resumed run may change: where and how it runs, not what it computes."""
+
+FIXED = {"model", "model_args", "tokenizer", "vocab_size"}
+"""What settles which weights there are: another value takes other weights."""
+
+FORK = {"data", "objective", "objective_args", "seed", "epochs", "batch_size", "lr", "matrix_lr"}
+FORK |= {"weight_decay", "weight_decay_end", "warmup", "label_smoothing", "incoherence", "clip", "average"}
+FORK |= {"augment", "flip", "large_crops", "small_crops", "small_size", "crop_split", "cross_documents"}
+FORK |= {"precision", "accumulate", "exact", "eval_every", "init_from", "new_head", "max_bad"}
+"""What a new run that begins at this one's weights, by ``--init-from``, may change."""
 
 
 @dataclass(kw_only=True)
@@ -70,6 +80,9 @@ class TrainConfig:
         exact: parts that a batch is cut into whatever the number of processes, a power of two: 1, 2, 4, ...
             processes up to it, and any change between them, then give the same bits; 0 does without.
         workers: processes that read images.
+        data_timeout: seconds for one of them to answer.
+        max_skipped: steps of any 1,000 that may be left out because a number was not finite, before the run
+            stops.
         eval_every: epochs between evaluations; 0 chooses at most 40 in a run.
         save_every: steps between checkpoints; 0 saves once an epoch.
         init_from: a run, model folder or safetensors file whose weights to start from.
@@ -118,6 +131,8 @@ class TrainConfig:
     accumulate: int = 1
     exact: int = 0
     workers: int = 0
+    data_timeout: float = 60
+    max_skipped: int = 3
     eval_every: float = 0
     save_every: int = 0
     init_from: str | None = None
@@ -141,9 +156,19 @@ class TrainConfig:
         for name in ("model_args", "objective_args"):
             given = getattr(self, name)
             setattr(self, name, {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()})
-        for key in ("epochs", "batch_size", "accumulate", "lr", "matrix_lr", "large_crops", "vocab_size"):
+        for key in (
+            "epochs",
+            "batch_size",
+            "accumulate",
+            "lr",
+            "matrix_lr",
+            "large_crops",
+            "vocab_size",
+        ):
             if not getattr(self, key) > 0:
                 raise ConfigError(f"{key} is {getattr(self, key)}; it must be larger than 0")
+        if not self.data_timeout > 0:
+            raise ConfigError(f"data_timeout is {self.data_timeout}; it must be larger than 0")
         for key in (
             "weight_decay",
             "incoherence",
@@ -152,6 +177,7 @@ class TrainConfig:
             "threads",
             "eval_every",
             "save_every",
+            "max_skipped",
             "seed",
             "weight_decay_end",
             "small_crops",
@@ -195,19 +221,30 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return options
 
 
-def refuse_changes(saved: TrainConfig, asked: TrainConfig) -> None:
-    """A resumed run computes what it began to compute.
+def refuse_changes(saved: TrainConfig, asked: TrainConfig) -> list[str]:
+    """A resumed run computes what it began to compute. Returns the changes that are allowed, a line each.
 
     Raises:
-        ConfigError: listing each changed option that is not in :data:`FREE`.
+        ConfigError: listing each changed option that is not in :data:`FREE`, and what would allow it.
     """
     before, after = dataclasses.asdict(saved), dataclasses.asdict(asked)
-    changed = [f"{k} {before[k]} -> {after[k]}" for k in before if k not in FREE and before[k] != after[k]]
-    if changed:
-        raise ConfigError(
-            f"cannot resume with other options: {'; '.join(changed)} - leave them as they were, or start a "
-            f"new run with --init-from"
-        )
+    changed = [k for k in before if before[k] != after[k]]
+    said = {k: f"{k} {before[k]} -> {after[k]}" for k in changed}
+    fixed, fork = [k for k in changed if k in FIXED], [k for k in changed if k not in FIXED | FREE]
+    if not fixed and not fork:
+        return [f"{said[k]} (allowed)" for k in changed if k != "out"]
+    lines = [
+        f"  {said[k]} ({'never, it settles what weights there are' if k in FIXED else 'in a new run only'})"
+        for k in (*fixed, *fork)
+    ]
+    more = len(lines) - 3
+    if more > 0:
+        lines[3:] = []
+        lines[-1] += f", and {more} more"
+    remedy = "" if fixed else f", or start a new run with --init-from {saved.out or 'this one'}"
+    raise ConfigError(
+        "cannot resume with other options - leave them as they were" + remedy + "\n" + "\n".join(lines)
+    )
 
 
 def checked(key: str, value: Any, hint: Any) -> Any:

@@ -58,6 +58,7 @@ class Learner:
         self.gradients = Gradients(objective) if exact else None
         self.step = 0
         self.any_rank: Callable[[bool], bool] = lambda flag: flag
+        self.may_skip: Callable[[NumericsError], bool] = lambda error: False
         self._finite: Tensor | None = None
 
     def losses(self, batch: tuple[Any, ...], micro: int) -> dict[str, Tensor]:
@@ -82,7 +83,8 @@ class Learner:
 
         Raises:
             NumericsError: the loss or a gradient is not finite, here or on another rank. Parameters,
-                optimiser, average and step are as before the call.
+                optimiser, average and step are as before the call. Where ``may_skip`` says so, the step
+                counts as taken in place of that, and has changed nothing.
         """
         if self.gradients is not None:
             self.gradients.give()
@@ -94,7 +96,11 @@ class Learner:
             self.optimizer.zero_grad(set_to_none=True)
             self.objective.refused_step()
             what = "loss" if bad_loss else "gradient" if not bool(norm.isfinite()) else "loss on another rank"
-            raise NumericsError(f"non-finite {what} at step {self.step + 1}")
+            error = NumericsError(f"non-finite {what} at step {self.step + 1}")
+            if not self.may_skip(error):
+                raise error
+            self.step += 1
+            return
         if self.clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
         self.optimizer.set_lr(self.lr_factor)

@@ -122,7 +122,12 @@ def fit_lightning(
                 num_sanity_val_steps=0,
             )
         with _plainly(MisconfigurationException):
-            trainer.fit(_Module(learner, make_batches, after_step, begin, accumulate))
+            try:
+                trainer.fit(_Module(learner, make_batches, after_step, begin, accumulate))
+            except SystemExit as error:  # what lightning makes of a second Ctrl-C
+                if isinstance(error.__context__, KeyboardInterrupt):
+                    raise KeyboardInterrupt from error
+                raise
 
 
 @contextmanager

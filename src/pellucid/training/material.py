@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 from torch import nn
@@ -58,8 +58,8 @@ class Material(ABC):
         """Items of an epoch."""
 
     @abstractmethod
-    def batches(self, sampler: StepSampler, workers: int) -> Any:
-        """A loader of the sampler's micro-batches."""
+    def batches(self, sampler: StepSampler, workers: int, timeout: float = 60) -> Any:
+        """A loader of the sampler's micro-batches; a worker has ``timeout`` seconds to answer."""
 
     @abstractmethod
     def held(self, workers: int, final: bool) -> Held:
@@ -82,6 +82,15 @@ class Material(ABC):
     @abstractmethod
     def model_files(self, model: Any) -> dict[str, bytes]:
         """File name -> content of ``model/``: weights, config, whatever else it takes to use the model."""
+
+    @abstractmethod
+    def stamps(self) -> Iterator[tuple[str, str]]:
+        """Each item's name, and what tells whether there is something else in it."""
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """What the model is to tell apart; empty without labels."""
+        return ()
 
     def kept_files(self) -> dict[str, bytes]:
         """File name -> content of what a run that goes on must find again."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +27,7 @@ from pellucid.data import (
     train_loader,
 )
 from pellucid.data.crops import SMALL_COLOUR
+from pellucid.data.dataset import EncodedImages
 from pellucid.errors import ConfigError
 from pellucid.models.embed import embedding, image_size
 from pellucid.models.saved import CONFIG, WEIGHTS, describe_model
@@ -114,8 +117,9 @@ class Pictures(Material):
     def __len__(self) -> int:
         return len(self.images.train)
 
-    def batches(self, sampler: StepSampler, workers: int) -> Any:
-        return train_loader(self.images.train, self.views or self.view, sampler, workers=workers)
+    def batches(self, sampler: StepSampler, workers: int, timeout: float = 60) -> Any:
+        seen = self.views or self.view
+        return train_loader(self.images.train, seen, sampler, workers=workers, timeout=timeout)
 
     def held(self, workers: int, final: bool) -> Held:
         view = replace(self.view, augment="none")
@@ -129,6 +133,23 @@ class Pictures(Material):
     @property
     def tokens(self) -> float:
         return self.patches * (self.views.large if isinstance(self.views, MultiView) else 1)
+
+    def stamps(self) -> Iterator[tuple[str, str]]:
+        for part in (self.images.train, self.images.test):
+            labels = part.labels.tolist()
+            if isinstance(part, EncodedImages):
+                sizes = part.byte_sizes().tolist()
+                root = f"{getattr(part, 'root', '')}/"  # the folder may have been moved
+                for i in range(len(part)):
+                    yield part.name(i).removeprefix(root), f"{labels[i]} {sizes[i]}"
+                continue
+            for i in range(len(part)):
+                pixels = part.image(i).contiguous().numpy().tobytes()
+                yield part.name(i), f"{labels[i]} {hashlib.blake2b(pixels, digest_size=8).hexdigest()}"
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        return self.images.class_names if self.kind.needs_labels else ()
 
     def item_name(self, i: int) -> str:
         return self.images.train.name(i)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
+import statistics
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
@@ -15,7 +18,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from pellucid.errors import Collapsed, NumericsError, Stopped
+from pellucid.errors import Collapsed, NumericsError, ResourceError, Stopped
 from pellucid.training.checkpoint import save_checkpoint, save_sharded, saving, thread_fingerprint, write_file
 from pellucid.training.health import Verdict
 from pellucid.training.learner import Learner
@@ -23,9 +26,15 @@ from pellucid.training.objective import Held
 
 SAVE_SECONDS = 600.0
 
+SKIPS_AMONG = 1_000
+"""Steps within which a run may leave out so many as ``max_skipped`` says."""
+
 
 class StopFlag:
-    """Set by SIGINT and SIGTERM while the block runs. A second signal is not caught: it ends the process."""
+    """Set by a signal while the block runs: SIGINT, SIGTERM, or SIGUSR1, which SLURM sends before its limit.
+
+    A second signal is not caught: it ends the process.
+    """
 
     def __init__(self) -> None:
         self.name = ""
@@ -33,7 +42,7 @@ class StopFlag:
 
     def __enter__(self) -> StopFlag:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -44,6 +53,31 @@ class StopFlag:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+class Spikes:
+    """Notices a loss that is far above those of the last steps, measured by how much these vary.
+
+    The z-score is ``(loss - median) / (1.4826 * median absolute deviation)`` of the last ``window`` losses,
+    with the deviation at least a thousandth of the median: that of a normal distribution, in which an outlier
+    does not hide the next. A spike has a z-score above ``z`` and exceeds all of the last losses by a tenth of
+    the median.
+    """
+
+    def __init__(self, window: int = 100, least: int = 30, z: float = 10.0) -> None:
+        self.losses: deque[float] = deque(maxlen=window)
+        self.least, self.z = least, z
+
+    def score(self, loss: float) -> float | None:
+        """The z-score of a spike, or None; the loss joins the last ones."""
+        last = list(self.losses)
+        self.losses.append(loss)
+        if len(last) < self.least or not math.isfinite(loss):
+            return None
+        median = statistics.median(last)
+        deviation = 1.4826 * statistics.median(abs(one - median) for one in last)
+        score = (loss - median) / max(deviation, 1e-3 * abs(median), 1e-12)
+        return score if score > self.z and loss > max(last) + 0.1 * abs(median) else None
 
 
 class Throughput:
@@ -89,6 +123,8 @@ class Recorder:
         data: fingerprint of the data, kept in every checkpoint.
         stop: asked after every step.
         sharded: each rank writes its part of a checkpoint.
+        max_skipped: steps of any 1,000 that may be left out.
+        list_batch: writes down what a step was made of, given its number and the reason; returns the file.
         stop_on_collapse: end when the objective's verdict is that its features have collapsed.
         waited: seconds that the loop has waited for data so far.
         units_per_step, unit: of all ranks, for the throughput.
@@ -109,6 +145,8 @@ class Recorder:
         data: str,
         stop: StopFlag,
         sharded: bool = False,
+        max_skipped: int = 0,
+        list_batch: Callable[[int, str], Path] | None = None,
         stop_on_collapse: bool = False,
         waited: Callable[[], float] = lambda: 0.0,
         units_per_step: int = 0,
@@ -126,6 +164,10 @@ class Recorder:
         self.history: list[dict[str, float]] = []
         self.health: Verdict | None = None
         self.refused = False  # to save a state that is not finite
+        self.max_skipped, self.list_batch = max_skipped, list_batch
+        self.skipped: list[int] = []
+        self.spikes = Spikes()
+        learner.may_skip = self.may_skip
         self.say = say if progress and not sys.stderr.isatty() else lambda line: None
         self.latest: dict[str, float] = {}
         self.window: dict[str, float] = {}
@@ -149,9 +191,11 @@ class Recorder:
     def __call__(self, parts: dict[str, Tensor]) -> None:
         step = self.learner.step
         self.clock.step()
-        for key, value in parts.items():
-            self.window[key] = self.window.get(key, 0.0) + value.item()
-        self.window["steps"] = self.window.get("steps", 0) + 1
+        if step not in self.skipped:
+            for key, value in parts.items():
+                self.window[key] = self.window.get(key, 0.0) + value.item()
+            self.window["steps"] = self.window.get("steps", 0) + 1
+            self._look_for_a_spike(parts["loss"].item())
         self.bar.update()
         last = step == self.learner.total_steps
         if step % self.log_every == 0 or last:
@@ -177,6 +221,42 @@ class Recorder:
                 f"{self.learner.total_steps} in {self.out} - run the same command with --resume to go on"
             )
 
+    def may_skip(self, error: NumericsError) -> bool:
+        """Whether the step about to be taken may be left out; it is written down with the state before it."""
+        step = self.learner.step + 1
+        recent = sum(step - one < SKIPS_AMONG for one in self.skipped)
+        if recent >= self.max_skipped or self.list_batch is None:
+            return False
+        self.keep_before()
+        self.skipped.append(step)
+        if self.writes:
+            path = self.list_batch(step, str(error))
+            count = f"{recent + 1} of {self.max_skipped} allowed"
+            self.warn(f"{error}: left out, {count}; its batch is listed in {path}")
+        return True
+
+    def keep_before(self) -> None:
+        """The state before a step that is refused, beside the list of what it was made of."""
+        try:
+            tensors = self.learner.whole_tensors(self.writes)
+            if self.writes:
+                save_checkpoint(self.out / "bad", self.learner.step, tensors, {"data": self.data})
+        except NumericsError:
+            self.save()  # refuses too, and names what stands
+            raise
+
+    def _look_for_a_spike(self, loss: float) -> None:
+        score = self.spikes.score(loss)
+        if score is None or not self.writes:
+            return
+        step, said = self.learner.step, f"loss {loss:.4g}, {score:.0f} deviations above the last steps'"
+        listed = "" if self.list_batch is None else f"; its batch is listed in {self.list_batch(step, said)}"
+        self.warn(f"a spike at step {step}: {said}{listed}")
+
+    def warn(self, line: str) -> None:
+        """News that is told whether or not there is a bar."""
+        self.bar.write(line, file=sys.stderr)
+
     def evaluate(self) -> None:
         """The objective on the evaluation batches, with the weights that the run would hand over now."""
         with self.learner.measured(self.writes) as (objective, weights):
@@ -199,6 +279,11 @@ class Recorder:
 
     def save(self) -> None:
         """A checkpoint of this very step."""
+        if self.writes and not (self.out / "config.yaml").exists():
+            raise ResourceError(
+                f"the folder of the run is gone: {self.out} - nothing of it can be saved; start again, or "
+                f"take another --out"
+            )
         self.saved_at = time.monotonic()
         learner, folder = self.learner, self.out / "checkpoints"
         meta = {
@@ -207,6 +292,8 @@ class Recorder:
             "window": self.window,
             "latest": self.latest,
             "history": self.history,
+            "skipped": self.skipped,
+            "saved": time.strftime("%Y-%m-%d %H:%M:%S"),
             "made_by": thread_fingerprint(),
         }
         try:
@@ -224,6 +311,7 @@ class Recorder:
         """Go on where a checkpoint's log stood."""
         self.window, self.latest = dict(meta["window"]), dict(meta["latest"])
         self.history = list(meta.get("history", []))
+        self.skipped = list(meta.get("skipped", []))
         if self.history:
             self.health = self.learner.objective.verdict(self.history)
         self.earlier_seconds = meta["seconds"]
@@ -242,7 +330,9 @@ class Recorder:
         return self.earlier_seconds + time.monotonic() - self.started
 
     def _log_training(self) -> None:
-        steps = self.window.pop("steps")
+        steps = self.window.pop("steps", 0)
+        if not steps:
+            return
         means = {key: value / steps for key, value in self.window.items()}
         self.window = {}
         self.latest |= means

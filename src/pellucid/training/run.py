@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,10 +16,20 @@ import torch
 from torch import nn
 
 from pellucid.data import ImageData, StepSampler, TextData
-from pellucid.errors import CheckpointError, ConfigError, DataError, NumericsError, Stopped, suggest
+from pellucid.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NumericsError,
+    ResourceError,
+    Stopped,
+    gives_out,
+    suggest,
+)
 from pellucid.models import create_model, load
 from pellucid.models.saved import copy_weights
 from pellucid.training.checkpoint import (
+    Checkpoint,
     last_good,
     load_checkpoint,
     locked,
@@ -27,10 +37,12 @@ from pellucid.training.checkpoint import (
     remove_folder,
     saving,
     sweep,
+    thread_fingerprint,
     write_file,
     write_flushed,
 )
 from pellucid.training.config import TrainConfig, read_config, refuse_changes
+from pellucid.training.inventory import changes, write_inventory
 from pellucid.training.language import CausalLM, MaskedLM, TextClassification
 from pellucid.training.learner import Learner
 from pellucid.training.loops import fit_lightning, fit_plain
@@ -111,8 +123,9 @@ def train(
         options: fields of :class:`~pellucid.training.config.TrainConfig`.
 
     Raises:
-        ConfigError, DataError: before anything is written.
-        CheckpointError: ``out`` exists, is in use, or cannot be written.
+        ConfigError, DataError: before anything is written; also where ``out`` exists or is in use.
+        CheckpointError: no checkpoint in it holds, or weights to begin at do not fit.
+        ResourceError: the disk is full, memory runs out, or ``out`` cannot be written any more.
         NumericsError: a loss or gradient was not finite; the step was not applied, all before it is saved.
         Stopped: by a signal; the state is saved.
         ProcessLost: one of several processes that train together is gone.
@@ -128,7 +141,7 @@ def train(
     _refuse_other_processes(config)
     _refuse_exact(config)
     material = load_material(config, data, resume)
-    setting = _set_up(material.resolved(config), material)
+    setting = set_up(material.resolved(config), material)
     config = setting.config
     out = Path(config.out)
     if rank() > 0:  # the first process owns the folder
@@ -137,14 +150,19 @@ def train(
                 return _train(setting, out, stop, resume, progress=False, say=lambda line: None)
         except (Stopped, NumericsError) as error:
             raise SystemExit(error.exit_code) from error  # the first process says why
-    _claim(out, config, resume=resume, overwrite=overwrite)
+    _claim(out, config, resume=resume, overwrite=overwrite, say=say)
     for note in material.notes:
         say(note)
     with locked(out), StopFlag() as stop:
         for file, content in material.kept_files().items():
             write_file(out / file, content)
-        for folder in (out, out / "checkpoints"):
-            sweep(folder)
+        for folder in (out, out / "checkpoints", out / "bad"):
+            if count := sweep(folder):
+                say(f"removed what a killed process left half-written in {folder} ({count})")
+        if resume and (out / "config.yaml").read_bytes() != config.to_yaml().encode():
+            write_file(out / "config.yaml", config.to_yaml())  # with what has changed and may
+        if not any((out / "checkpoints").glob("step-*")):
+            write_inventory(out, material.stamps())
         return _train(setting, out, stop, resume, progress, say)
 
 
@@ -211,7 +229,7 @@ class Waiting:
 
 
 @dataclass(frozen=True)
-class _Setting:
+class Setting:
     """A run's parts, made from its options and data alone."""
 
     config: TrainConfig
@@ -237,7 +255,26 @@ class _Setting:
             rank=rank,
             world=world,
         )
-        return Waiting(self.material.batches(sampler, config.workers), self.waited)
+        return Waiting(self.material.batches(sampler, config.workers, config.data_timeout), self.waited)
+
+    @property
+    def parts(self) -> int:
+        """How many micro-batches a step is cut into, over all processes."""
+        config = self.config
+        processes = config.devices * config.nodes if isinstance(config.devices, int) else 1
+        return config.exact or config.accumulate * max(1, processes)
+
+    def list_batch(self, step: int, reason: str) -> Path:
+        """Write down in ``bad/step-N.json`` what step N, counted from 1, is made of."""
+        config, material = self.config, self.material
+        sampler = StepSampler(len(material), config.batch_size, config.seed, step, step - 1)
+        keys = [key for batch in sampler for key in batch]
+        items = [{"index": index, "epoch": epoch, "name": material.item_name(index)} for index, epoch in keys]
+        path = Path(config.out) / "bad" / f"step-{step:08d}.json"
+        path.parent.mkdir(exist_ok=True)
+        told = {"step": step, "reason": reason, "parts": self.parts, "items": items}
+        write_file(path, json.dumps(told, indent=1))
+        return path
 
 
 def _refuse_strategy(config: TrainConfig) -> None:
@@ -300,14 +337,15 @@ def _refuse_running_moments(model: nn.Module) -> None:
             )
 
 
-def _set_up(config: TrainConfig, material: Material) -> _Setting:
+def set_up(config: TrainConfig, material: Material) -> Setting:
+    """A run's parts from its options, which the material has resolved. Nothing is written."""
     kind = OBJECTIVES[config.objective]
     # An orthogonal matrix has other last bits with other threads, and a run begins there.
     with _cpu_threads(1):
         torch.manual_seed(config.seed)
         model = create_model(config.model, **material.model_args(config))
         if config.init_from is not None:
-            copy_weights(model, config.init_from, new_head=config.new_head)
+            copy_weights(model, config.init_from, new_head=config.new_head, class_names=material.class_names)
         material.cut_for(model, config)
         steps = math.ceil(config.epochs * len(material) / config.batch_size)
         objective = kind.build(model, config, steps)
@@ -328,7 +366,7 @@ def _set_up(config: TrainConfig, material: Material) -> _Setting:
         seed=config.seed,
         exact=config.exact,
     )
-    setting = _Setting(config, material, model, learner, [0.0])
+    setting = Setting(config, material, model, learner, [0.0])
     setting.batches(0, max(1, config.devices) * config.nodes if isinstance(config.devices, int) else 1)
     return setting
 
@@ -339,7 +377,7 @@ def _arguments(objective: Objective) -> dict[str, Any]:
     return {k: v for k, v in settings.items() if k not in ("label_smoothing", "incoherence")}
 
 
-def _train(setting: _Setting, out: Path, stop: StopFlag, resume: bool, progress: bool, say: Say) -> Run:
+def _train(setting: Setting, out: Path, stop: StopFlag, resume: bool, progress: bool, say: Say) -> Run:
     config, material, learner = setting.config, setting.material, setting.learner
     saved = load_checkpoint(out / "checkpoints") if resume else None
     if saved is not None:
@@ -347,7 +385,9 @@ def _train(setting: _Setting, out: Path, stop: StopFlag, resume: bool, progress:
         learner.load_tensors(saved.tensors, saved.step)
         for line in saved.damaged:
             say(f"passed over {line}")
-        say(f"resuming from step {saved.step} of {learner.total_steps}")
+        say(_resuming(saved, learner.total_steps, out))
+        for line in _elsewhere(saved.meta.get("made_by", {}), setting):
+            say(line)
     recorder = Recorder(
         out,
         learner,
@@ -361,6 +401,8 @@ def _train(setting: _Setting, out: Path, stop: StopFlag, resume: bool, progress:
         data=material.fingerprint,
         stop=stop,
         sharded=config.checkpoint_format == "sharded",
+        max_skipped=config.max_skipped,
+        list_batch=setting.list_batch,
         stop_on_collapse=config.stop_on_collapse,
         waited=lambda: setting.waited[0],
         units_per_step=config.batch_size * material.units,
@@ -380,9 +422,14 @@ def _train(setting: _Setting, out: Path, stop: StopFlag, resume: bool, progress:
         if recorder.refused:
             raise
         recorder.save()
+        recorder.keep_before()
         if rank() > 0:
             raise
-        raise NumericsError(_about_bad_batch(error, setting, out)) from error
+        raise NumericsError(_about_bad_batch(error, setting, recorder.skipped)) from error
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise ResourceError(_about_memory(setting, out)) from error
     finally:
         recorder.bar.close()
     with learner.measured() as (objective, weights):
@@ -396,7 +443,7 @@ def _train(setting: _Setting, out: Path, stop: StopFlag, resume: bool, progress:
     return run
 
 
-def _fit(setting: _Setting, recorder: Recorder) -> None:
+def _fit(setting: Setting, recorder: Recorder) -> None:
     config, learner = setting.config, setting.learner
     if learner.step == learner.total_steps:
         return
@@ -434,7 +481,7 @@ SMALL_STEP = 4e9
 """Floating point operations of a step below which one CPU thread serves best: more wait on each other."""
 
 
-def _threads(setting: _Setting) -> AbstractContextManager[None]:
+def _threads(setting: Setting) -> AbstractContextManager[None]:
     """The run's number of CPU threads. The numbers of a run depend on it in their last bits."""
     parameters = sum(p.numel() for p in setting.model.parameters())
     small = 6 * parameters * setting.material.tokens * setting.config.batch_size < SMALL_STEP
@@ -458,28 +505,35 @@ def _interval(epochs: float, steps_per_epoch: float, total: int, at_most: int) -
     return max(1, round(steps_per_epoch), math.ceil(total / at_most))
 
 
-def _claim(out: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
+def _claim(out: Path, config: TrainConfig, *, resume: bool, overwrite: bool, say: Say) -> None:
     """Make the folder ready, or refuse to touch it."""
     is_run = (out / "config.yaml").is_file()
     if resume and is_run:
-        refuse_changes(TrainConfig.from_mapping(read_config(out / "config.yaml")), config)
+        before = TrainConfig.from_mapping(read_config(out / "config.yaml"))
+        for line in refuse_changes(before, config):
+            say(line)
         return
     if resume:
-        raise CheckpointError(f"nothing to resume: {out} holds no run - leave out --resume, or check --out")
+        raise ConfigError(f"nothing to resume: {out} holds no run - leave out --resume, or check --out")
     if out.exists() and (not out.is_dir() or any(not _is_half_written(path) for path in out.iterdir())):
         if not is_run:
-            raise CheckpointError(f"{out} exists and is not a run - take another --out; it is left as it is")
+            raise ConfigError(f"{out} exists and is not a run - take another --out; it is left as it is")
         if not overwrite:
-            raise CheckpointError(
+            raise ConfigError(
                 f"{out} holds a run already - give --resume to go on with it, --overwrite to replace it, or "
                 f"another --out"
             )
         with locked(out):
             remove_folder(out)
-    with saving(out.parent, 0):
+    try:
         out.mkdir(parents=True, exist_ok=True)
-    write_file(out / "config.yaml", config.to_yaml())
-    (out / "checkpoints").mkdir(exist_ok=True)
+        write_file(out / "config.yaml", config.to_yaml())
+        (out / "checkpoints").mkdir(exist_ok=True)
+    except (OSError, ResourceError) as error:
+        cause = error.__cause__ or error
+        if not isinstance(cause, OSError) or gives_out(cause):
+            raise
+        raise ConfigError(f"cannot write {out}: {cause.strerror} - take another --out") from error
 
 
 def _is_half_written(path: Path) -> bool:
@@ -489,29 +543,67 @@ def _is_half_written(path: Path) -> bool:
 
 def _refuse_changed_data(fingerprint: str, material: Material, config: TrainConfig, out: Path) -> None:
     if fingerprint != material.fingerprint:
+        what = changes(out, material.stamps())
         raise DataError(
-            f"{config.data} has changed since the run began - restore its files, or start a new run with "
-            f"--init-from {out}"
+            f"{config.data} has changed since the run began{': ' * bool(what)}{what} - restore its "
+            f"files, or start a new run with --init-from {out}"
         )
 
 
-def _about_bad_batch(error: NumericsError, setting: _Setting, out: Path) -> str:
+def _about_bad_batch(error: NumericsError, setting: Setting, skipped: Sequence[int]) -> str:
     """Write down what the refused step was made of, and say so."""
-    step, material = setting.learner.step, setting.material
-    sampler = StepSampler(len(material), setting.config.batch_size, setting.config.seed, step + 1, step)
-    keys = [key for batch in sampler for key in batch]
-    items = [{"index": index, "epoch": epoch, "name": material.item_name(index)} for index, epoch in keys]
-    path = out / "bad" / f"step-{step + 1:08d}.json"
-    path.parent.mkdir(exist_ok=True)
-    write_file(path, json.dumps({"step": step + 1, "reason": str(error), "items": items}, indent=1))
+    step, config = setting.learner.step, setting.config
+    path = setting.list_batch(step + 1, str(error))
+    before = f", after {len(skipped)} were left out" if skipped else ""
     return (
-        f"{error}: the step was not applied, the state after step {step} is saved\n"
-        f"its {len(items)} {material.items} ({items[0]['name']}, ...) are listed in {path}\n"
-        f"look at them, or start again with a lower --lr and --matrix-lr"
+        f"{error}: the step was not applied, the state after step {step} is saved{before}\n"
+        f"its {config.batch_size} {setting.material.items} are listed in {path}\n"
+        f"see where it begins with: pellucid replay {path}\n"
+        f"then leave it out with --resume --max-skipped {len(skipped) + 1}, or start again with a lower --lr "
+        f"and --matrix-lr"
     )
 
 
-def _hand_over(run: Run, setting: _Setting) -> None:
+def _resuming(saved: Checkpoint, total: int, out: Path) -> str:
+    """From which step a run goes on, when it was saved, and how much of what was done is lost."""
+    told = f" (saved {saved.meta['saved']})" if "saved" in saved.meta else ""
+    log = out / "metrics.jsonl"
+    reached = max((line["step"] for line in read_lines(log)), default=0) if log.exists() else 0
+    # The log has a line for every few steps, so that more than it says may have been done.
+    lost = f", at least {reached - saved.step} steps to do again" if reached > saved.step else ""
+    return f"resuming from step {saved.step} of {total}{told}{lost}"
+
+
+def _elsewhere(made_by: Mapping[str, Any], setting: Setting) -> list[str]:
+    """What the last bits of a run depend on, and is other than it was."""
+    with _threads(setting):
+        here = thread_fingerprint()
+    changed = [f"{k} {made_by[k]} -> {here[k]}" for k in here if made_by.get(k, here[k]) != here[k]]
+    return [f"{', '.join(changed)}: results may differ in their last bits"] if changed else []
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """PyTorch has an error of its own for devices, and none for the CPU."""
+    said = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(s in str(error) for s in said)
+
+
+def _about_memory(setting: Setting, out: Path) -> str:
+    config, parts = setting.config, setting.parts
+    option, now = ("exact", config.exact) if config.exact else ("accumulate", config.accumulate)
+    each = parts // now  # processes that take one of these parts each
+    more = [2 * now] if config.exact else range(now + 1, config.batch_size // each + 1)
+    cut = next((n for n in more if config.batch_size % (n * each) == 0), None)
+    smaller = f"--{option} {cut} (the same batch in smaller parts)" if cut else "a smaller model"
+    return (
+        f"out of memory at step {setting.learner.step + 1}, with a batch of {config.batch_size} in {parts} "
+        f"part{'s' if parts > 1 else ''} - start again with --overwrite and {smaller}, or --batch-size "
+        f"{max(1, config.batch_size // 2)}\n"
+        f"or free some memory and go on with --resume; {last_good(out)}"
+    )
+
+
+def _hand_over(run: Run, setting: Setting) -> None:
     """``model/`` and ``result.json``: what others read."""
     files = setting.material.model_files(run.model)
     with saving(run.out, sum(map(len, files.values()))), new_folder(run.out / "model") as scratch:

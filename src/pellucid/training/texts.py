@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -109,8 +111,8 @@ class Texts(Material):
     def __len__(self) -> int:
         return len(self.train)
 
-    def batches(self, sampler: StepSampler, workers: int) -> Any:
-        return token_loader(self.train, sampler, workers=workers)
+    def batches(self, sampler: StepSampler, workers: int, timeout: float = 60) -> Any:
+        return token_loader(self.train, sampler, workers=workers, timeout=timeout)
 
     def held(self, workers: int, final: bool) -> Held:
         limit = None if final else LOOKED_AT
@@ -124,6 +126,17 @@ class Texts(Material):
     @property
     def units(self) -> int:
         return self.context
+
+    def stamps(self) -> Iterator[tuple[str, str]]:
+        for part in (self.texts.train, self.texts.test):
+            labels = part.labels.tolist()
+            for i in range(len(part)):
+                words = part.document(i).tobytes()
+                yield part.name(i), f"{labels[i]} {hashlib.blake2b(words, digest_size=8).hexdigest()}"
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        return self.texts.class_names if self.kind.needs_labels else ()
 
     def item_name(self, i: int) -> str:
         return self.train.name(i)
