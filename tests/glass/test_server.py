@@ -581,5 +581,3 @@ def test_other_files_are_refused(tmp_path):
     empty.mkdir()
     with pytest.raises(ConfigError, match="no run and no model"):
         open_target(str(empty))
-    with pytest.raises(ConfigError, match="reads text"):
-        open_target("crate_gpt_small")
