@@ -203,7 +203,7 @@ function Contexts(props: { atoms: AtomsOfText; atom: number; audit: AuditAnswer 
             return (
               <li key={k}>
                 <span class="n">{number(value, 2)}</span>
-                <span class="text"><span class="quiet">{said(context.slice(0, at))}</span><mark>{said(context.slice(at, at + 1))}</mark><span class="quiet">{said(context.slice(at + 1))}</span></span>
+                <span class="text"><span class="quiet">{said(context.slice(0, at))}</span><mark>{shown(words[context[at]] ?? "")}</mark><span class="quiet">{said(context.slice(at + 1))}</span></span>
               </li>
             );
           })}
