@@ -132,8 +132,8 @@ _Flat = Parameter(name="*")
 BUNDLE_BYTES = 64_000_000
 """Of a bundle, roughly: inputs beyond it are left out."""
 
-REPORT_BYTES = 1_500_000
-"""The same of the part of a report that can be clicked through."""
+REPORT_BYTES, REPORT_TEXT_BYTES = 1_500_000, 2_500_000
+"""The same of the part of a report that can be clicked through, of pictures and of text; packed it is half."""
 
 
 @app.command
@@ -1418,7 +1418,8 @@ def _report(runs: list[Run], data: ImageData | TextData, path: Path, command: st
     else:
         bundle = collect(runs, data, command=command, progress=say)
     answers = answers_of(runs, data, [model["audit"] for model in bundle["models"]])
-    _write(path, render(bundle, None if answers is None else packed(answers, budget=REPORT_BYTES, half=True)))
+    most = REPORT_TEXT_BYTES if isinstance(data, TextData) else REPORT_BYTES
+    _write(path, render(bundle, None if answers is None else packed(answers, budget=most, half=True)))
     subject = bundle["models"][0]
     if subject["audit"] is not None:
         say(f"audit of {subject['name']}: {subject['audit']['verdict']['text']}")

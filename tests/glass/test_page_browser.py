@@ -476,7 +476,7 @@ def test_what_layers_would_say_and_what_atoms_respond_to(
     found = reading.audit(0)
     atoms = found["atoms"]["2"]
     shown = page.locator(".glass .contexts mark").all_inner_texts()
-    expected = [found["words"][int(word)] for word in atoms["contexts"][best, :, found["at"]]]
+    expected = [found["words"][int(word) - 1] for word in atoms["contexts"][best, :, found["at"]]]
     assert shown == [word.replace(" ", "·").replace("\n", "↵") for word in expected]
 
 

@@ -171,7 +171,7 @@ def test_an_atom_fires_on_the_words_that_are_shown(client, answers):
             worded.one_by_one(WORDS, [ids[k]])[0] if 0 <= k < len(ids) else None
             for k in range(first, first + 15)
         ]
-        assert [None if k < 0 else found["words"][k] for k in shown] == words
+        assert [found["words"][k - 1] if k else None for k in shown] == words
     assert read(client, "models/1/audit")["atoms"]["1"]["kind"] == "units"
 
 

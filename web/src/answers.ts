@@ -85,7 +85,7 @@ export interface Atoms {
   patches: Tensor;
 }
 
-/** What atoms respond to in text: contexts are indices into the answer's words, -1 where there is none. */
+/** What atoms respond to in text: contexts are one more than places in the answer's words, 0 where there is none. */
 export interface AtomsOfText {
   kind: "atoms" | "units";
   fires: Tensor;

@@ -22,7 +22,7 @@ from pellucid.measure.language import lens
 from pellucid.models.language import LanguageModel
 from pellucid.models.modes import in_eval_mode
 
-PASSAGES, PASSAGE_WORDS = 8, 96
+PASSAGES, PASSAGE_WORDS = 8, 64
 """Held-out texts that are there to begin with, and words of each at most."""
 
 MOST_WORDS = 256
@@ -143,8 +143,8 @@ def audited(
     """The audit on held-out rows unless it is known, and what the atoms of each layer respond to.
 
     Of a layer ``fires`` ``(m)`` is the share of places at which each atom does, ``score`` ``(m)`` how well a
-    list of words tells it, ``values`` ``(m, k)`` its strongest responses with ``contexts`` ``(m, k, c)``,
-    indices into ``words`` (-1 where there is none); the word at which it responds is number ``at``.
+    list of words tells it, ``values`` ``(m, k)`` its strongest responses with ``contexts`` ``(m, k, c)``: 0
+    where there is no word, else one more than its place in ``words``. It responds at number ``at`` of these.
     """
     if known is None:
         known = audit_text(model, windows, texts.name, rows)
@@ -159,6 +159,7 @@ def audited(
     kept = slice(BEFORE - SHOWN_BEFORE, BEFORE + 1 + SHOWN_AFTER)
     numbers = [each.contexts[..., kept].transpose(0, 1) for each in layers]
     words, places = _named(windows.tokenizer, torch.cat([part.flatten() for part in numbers]))
+    places = (places + 1).to(torch.uint8 if len(words) < 256 else torch.int32)  # in most are few words
     split = places.split([part.numel() for part in numbers])
     for each, part, place in zip(layers, numbers, split, strict=True):
         fired = each.windows.mT >= 0

@@ -191,7 +191,7 @@ function Contexts(props: { atoms: AtomsOfText; atom: number; audit: AuditAnswer 
   const at = audit.at ?? 0;
   const values = Array.from(row(atoms.values, atom));
   const score = atoms.score.data[atom];
-  const said = (from: number[]): string => from.map((word) => (word < 0 ? "" : visible(words[word]).replace(/\n/g, ""))).join("");
+  const said = (from: number[]): string => from.map((word) => (word ? visible(words[word - 1]).replace(/\n/g, "") : "")).join("");
   return (
     <figure class="contexts">
       <h3>The words that fire it most</h3>
@@ -203,7 +203,7 @@ function Contexts(props: { atoms: AtomsOfText; atom: number; audit: AuditAnswer 
             return (
               <li key={k}>
                 <span class="n">{number(value, 2)}</span>
-                <span class="text"><span class="quiet">{said(context.slice(0, at))}</span><mark>{shown(words[context[at]] ?? "")}</mark><span class="quiet">{said(context.slice(at + 1))}</span></span>
+                <span class="text"><span class="quiet">{said(context.slice(0, at))}</span><mark>{shown(words[context[at] - 1] ?? "")}</mark><span class="quiet">{said(context.slice(at + 1))}</span></span>
               </li>
             );
           })}
