@@ -133,7 +133,7 @@ BUNDLE_BYTES = 64_000_000
 """Of a bundle, roughly: inputs beyond it are left out."""
 
 REPORT_BYTES, REPORT_TEXT_BYTES = 1_500_000, 2_500_000
-"""The same of the part of a report that can be clicked through, of pictures and of text; packed it is half."""
+"""The same of the part of a report that can be clicked through, on pictures and on text."""
 
 
 @app.command

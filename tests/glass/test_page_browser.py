@@ -498,6 +498,22 @@ def test_a_passage_is_typed(watched: Callable[..., Watched], text_address: str) 
     assert [fault for fault in seen.faults if "422" not in fault] == []
 
 
+def test_another_run_is_opened_from_the_folder(watched: Callable[..., Watched], text_run: Path) -> None:
+    answers = open_target(str(text_run), beside=[], runs=text_run)
+    assert isinstance(answers, Answers)
+    answers.audit_limit = 2
+    with serving(answers) as address:
+        seen = watched()
+        page = seen.open(address)
+        go(page, "#/runs")
+        page.get_by_role("button", name="look into beside-gpt2_bytes").click()
+        page.wait_for_selector("h2:has-text('GPT-2: its layers state no objective')")
+        page.wait_for_selector(".glass .switch button[aria-pressed=true]:text-is('GPT-2')")
+        page.wait_for_selector("caption:text-is('The audit, step by step')")
+        assert page.locator(".glass .switch button").all_inner_texts() == ["CRATE", "GPT-2"]
+        assert seen.faults == []
+
+
 def test_another_page_gets_nothing(browser: Any, address: str) -> None:
     context = browser.new_context()
     page = context.new_page()

@@ -332,6 +332,44 @@ def test_a_run_on_text_is_opened_with_what_stands_beside_it(text_run: Path, tmp_
     assert of_folder.look(0, number)["words"][1:] == list("words")
 
 
+def opening(client: TestClient, run: str, kind: str = "application/json"):
+    return client.post(f"/api/runs/{run}", content=b"{}", headers={"content-type": kind})
+
+
+def test_another_run_of_the_folder_is_opened_beside(text_run: Path, tmp_path: Path):
+    (tmp_path / "stories").symlink_to(text_run, target_is_directory=True)  # leads out of the folder
+    going = tmp_path / "going"
+    going.mkdir()
+    (going / "config.yaml").write_text("model: crate_gpt_bytes\nobjective: causal-lm\ndata: stories\n")
+    answers = open_target(str(text_run), beside=[], runs=text_run)
+    assert isinstance(answers, Answers)
+    client = client_of(answers)
+    runs = {run["name"]: run["id"] for run in read(client, "runs")["runs"]}
+    overview = read(client, "overview")
+    assert (len(overview["models"]), overview["opens_runs"]) == (1, True)
+    assert opening(client, runs["stories"]).json() == {"model": 0}  # it is open
+    assert opening(client, runs["beside-gpt2_bytes"], "text/plain").status_code == 415
+    assert len(answers.subjects) == 1
+    for _ in range(2):
+        assert opening(client, runs["beside-gpt2_bytes"]).json() == {"model": 1}
+    models = read(client, "overview")["models"]
+    assert [(model["name"], model["audited"]) for model in models] == [
+        ("crate_gpt_bytes", True), ("gpt2_bytes", True),
+    ]  # fmt: skip
+    assert read(client, "looks/1/0")["words"] == read(client, "looks/0/0")["words"]
+    for wrong in ("0123456789ab", "..", "%2e%2e", "stories"):
+        assert opening(client, wrong).status_code == 404
+    answers.shelf.root = tmp_path
+    (run,) = read(client, "runs")["runs"]  # not what the link leads to
+    response = opening(client, run["id"])
+    assert response.status_code == 422
+    assert "going" in response.json()["error"]
+    answers.subjects *= 4
+    assert "8 models are open already" in opening(client, run["id"]).json()["error"]
+    del client.headers["authorization"]
+    assert opening(client, run["id"]).status_code == 403
+
+
 def test_a_report_holds_the_page(text_run: Path, make_bundle):
     run = open_run(text_run)
     texts = open_target(str(text_run)).subjects[0].data

@@ -59,6 +59,7 @@ export interface Overview {
   models: Model[];
   inputs: Input[];
   takes_inputs: boolean;
+  opens_runs: boolean;
   has_runs: boolean;
 }
 

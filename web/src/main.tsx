@@ -36,10 +36,14 @@ function App(): JSX.Element {
     setRound((n) => n + 1);
     go({ input, token: null });
   };
-  return <Opened overview={overview.value} selection={selection} go={go} onDropped={onDropped} />;
+  const onOpened = (model: number): void => {
+    setRound((n) => n + 1);
+    go({ view: "overview", model, atom: null });
+  };
+  return <Opened overview={overview.value} selection={selection} go={go} onDropped={onDropped} onOpened={onOpened} />;
 }
 
-function Opened(props: { overview: OverviewAnswer; selection: Selection; go: Go; onDropped: (input: number) => void }): JSX.Element {
+function Opened(props: { overview: OverviewAnswer; selection: Selection; go: Go; onDropped: (input: number) => void; onOpened: (model: number) => void }): JSX.Element {
   const { overview, go } = props;
   const views = VIEWS.filter((view) => (view === "runs" ? overview.has_runs : overview.models.length > 0));
   const selection = settled(props.selection, overview, views);
@@ -71,7 +75,7 @@ function Opened(props: { overview: OverviewAnswer; selection: Selection; go: Go;
       <div class={scene && selection.view !== "runs" ? "columns" : "columns alone"}>
         {scene && selection.view !== "runs" ? <Rail scene={scene} /> : null}
         <main aria-label={NAMES[selection.view]}>
-          {selection.view === "runs" ? <Runs selection={selection} go={go} /> : scene ? <Shown scene={scene} onDropped={props.onDropped} /> : <p>Nothing is open.</p>}
+          {selection.view === "runs" ? <Runs selection={selection} go={go} onOpened={overview.opens_runs ? props.onOpened : null} /> : scene ? <Shown scene={scene} onDropped={props.onDropped} /> : <p>Nothing is open.</p>}
         </main>
       </div>
       <details class="keys">
@@ -130,7 +134,7 @@ function useAudits(overview: OverviewAnswer): Asked<AuditAnswer>[] {
     })();
     return () => { wanted = false; };
   }, [overview.models.length]);
-  return audits;
+  return overview.models.map((_, m) => audits[m] ?? { value: null, error: null });
 }
 
 /** Keys are read by what is chosen when they are pressed: what is drawn, and with it any effect, comes later. */

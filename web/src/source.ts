@@ -71,6 +71,13 @@ export async function type(text: string): Promise<number> {
   return ((await response.json()) as { input: number }).input;
 }
 
+/** Opens a run of the folder; the number of its model. */
+export async function open(run: string): Promise<number> {
+  const response = await fetch(`api/runs/${run}`, { method: "POST", headers: { "content-type": "application/json" }, body: "{}" });
+  if (!response.ok) throw new Error(await reason(response));
+  return ((await response.json()) as { model: number }).model;
+}
+
 export interface Asked<T> {
   value: T | null;
   error: string | null;

@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,9 @@ GALLERY_IMAGES = 64
 GALLERY_SIDE = 96
 SMALL = 64
 GUESSES = 5
+MAX_OPEN = 8
+"""Models that may be open at the same time."""
+
 MAX_DROPPED = 32
 """Inputs that were dropped in and are still there; the oldest goes first."""
 
@@ -87,6 +91,7 @@ class Subject:
         about: whatever else is known of it, such as ``accuracy`` and ``seconds``.
         tokenizer: of a language model, what makes words of text; always there.
         windows: of a language model, the rows of ``data`` that it is audited on.
+        folder: of the run that it is the model of.
     """
 
     model: Any
@@ -95,6 +100,7 @@ class Subject:
     about: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Tokenizer | None = None
     windows: Windows | None = None
+    folder: Path | None = None
 
     @property
     def view(self) -> View:
@@ -141,6 +147,7 @@ class Answers:
         takes_inputs: whether more can be dropped in, or typed.
         audit_limit: images of an audit; rows of text, where it is smaller than what those are held to.
         audits: of a model, where it is measured already.
+        opener: opens another run of the shelf, to stand beside the first model.
     """
 
     def __init__(
@@ -153,20 +160,50 @@ class Answers:
         takes_inputs: bool = False,
         audit_limit: int = AUDIT_IMAGES,
         audits: Mapping[int, Any] | None = None,
+        opener: Callable[[Path], Subject] | None = None,
     ) -> None:
         self.title, self.subjects, self.shelf = title, list(subjects), shelf
         self.inputs: OrderedDict[int, Input] = OrderedDict(enumerate(inputs))
         self.takes_inputs, self.audit_limit = takes_inputs, audit_limit
         self._given = self._next = len(inputs)
-        self._known = dict(audits or {})
+        self._known, self._opener = dict(audits or {}), opener
         self._audits: dict[int, dict[str, Any]] = {}
         self._lock = threading.Lock()
         self._adding = threading.Lock()  # of its own: who drops something in does not wait for an audit
+        self._opening = threading.Lock()
 
     @property
     def takes(self) -> str | None:
         """The kind of input that can be dropped in: what the first model reads."""
         return self.subjects[0].reads if self.takes_inputs and self.subjects else None
+
+    @property
+    def opens_runs(self) -> bool:
+        """Whether runs of the shelf can be opened."""
+        return self._opener is not None and self.shelf is not None and bool(self.subjects)
+
+    def open(self, name: str) -> int:
+        """Open a run of the shelf beside the others; the number of its model, which may be open already.
+
+        Raises:
+            NotThere: no such run.
+            ConfigError, CheckpointError: one that cannot be opened, or as many as may be are.
+        """
+        path = None if self.shelf is None else self.shelf.path(name)
+        if path is None:
+            raise NotThere("there is no such run")
+        if self._opener is None or not self.subjects:
+            raise ConfigError(
+                "no model is open that it could stand beside - start pellucid view with that run"
+            )
+        with self._opening:
+            for number, subject in enumerate(self.subjects):
+                if subject.folder is not None and subject.folder.resolve() == path.resolve():
+                    return number
+            if len(self.subjects) >= MAX_OPEN:
+                raise ConfigError(f"{MAX_OPEN} models are open already - start pellucid view with that run")
+            self.subjects.append(self._opener(path))
+            return len(self.subjects) - 1
 
     def type(self, text: str) -> int:
         """A passage to look at, in a reader's own words; its number.
@@ -213,6 +250,7 @@ class Answers:
                 for number, what in list(self.inputs.items())
             ],
             "takes_inputs": self.takes_inputs,
+            "opens_runs": self.opens_runs,
             "has_runs": self.shelf is not None,
         }
 
@@ -316,7 +354,7 @@ class Answers:
             left -= took
             yield from looks.items()
         overview["inputs"] = [shown for shown in overview["inputs"] if shown["id"] in kept]
-        overview["takes_inputs"] = False
+        overview["takes_inputs"] = overview["opens_runs"] = False
         yield "overview", overview
         yield from audits.items()
         if self.shelf is not None:
@@ -518,9 +556,10 @@ def subject_of(run: Any, data: ImageData | TextData | None, tokenizer: Tokenizer
     """A finished run, opened; of one on text with what makes words of text, where ``data`` does not say."""
     about = {"accuracy": run.accuracy, "seconds": run.seconds, "run": run.out.name}
     if not isinstance(data, TextData):
-        return Subject(run.model, run.config.model, data, about, tokenizer)
+        return Subject(run.model, run.config.model, data, about, tokenizer, folder=run.out)
     about["bits_per_byte"] = run.measures.get("bits per byte")
-    return Subject(run.model, run.config.model, data, about, data.tokenizer, windows_of(run, data))
+    windows = windows_of(run, data)
+    return Subject(run.model, run.config.model, data, about, data.tokenizer, windows, run.out)
 
 
 __all__ = [

@@ -107,6 +107,7 @@ def open_target(
     title = path.resolve().name if path.is_dir() else target
     others: Sequence[Path] = beside or ()
     found: ImageData | TextData | None = None
+    run: Run | None = None
     if path.is_dir() and not (path / "config.json").is_file():
         shelf = shelf or Shelf(path)
         run_folder = _latest(path)
@@ -134,7 +135,23 @@ def open_target(
     subjects += [_subject(_run(other), found) for other in others]
     _refuse_unlike(subjects)
     given = [_given(file, subjects[0] if subjects else None) for file in images]
-    return Answers(title, subjects, [*given, *samples_of(subjects)], shelf=shelf, takes_inputs=bool(subjects))
+
+    def opened(folder: Path) -> Subject:
+        """A run of the shelf, beside the others; audited where it has learnt from the same data."""
+        other = _run(folder)
+        same = run is not None and other.config.data == run.config.data
+        subject = _subject(other, found if same or data is not None else None)
+        _refuse_unlike([subjects[0], subject])
+        return subject
+
+    return Answers(
+        title,
+        subjects,
+        [*given, *samples_of(subjects)],
+        shelf=shelf,
+        takes_inputs=bool(subjects),
+        opener=opened,
+    )
 
 
 class Kept:
@@ -187,6 +204,9 @@ class Kept:
 
     def type(self, text: str) -> int:
         raise ConfigError("a file of answers takes no other inputs - open the run itself")
+
+    def open(self, name: str) -> int:
+        raise ConfigError("a file of answers opens no run - open the run itself")
 
     def _of(self, question: str) -> Any:
         if question not in self.kept:

@@ -31,6 +31,9 @@ MAX_UPLOAD = 20 * 2**20
 MAX_TYPED = 4 * MOST_BYTES
 """The same of a text that is typed: JSON may write a byte of it as six."""
 
+MAX_ASKED = 2**10
+"""The same of a request that says all in its address."""
+
 MAX_UPLOAD_PIXELS = 25_000_000
 UPLOAD_SECONDS = 15.0
 DECODE_SECONDS = 10.0
@@ -111,6 +114,18 @@ def application(answers: Answers | Kept) -> Starlette:
             raise HTTPException(422, f"rejected: {error}") from None
         return JSONResponse({"input": number}, status_code=201)
 
+    async def opened(request: Request) -> Response:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise HTTPException(415, "a request to open a run is sent as application/json")
+        await _body(request, MAX_ASKED)
+        try:
+            return JSONResponse({"model": await run_in_threadpool(answers.open, request.path_params["run"])})
+        except NotThere as error:
+            raise HTTPException(404, str(error)) from error
+        except PellucidError as error:
+            raise HTTPException(422, str(error)) from error
+
     def static(name: str, media_type: str) -> Callable[[Request], Any]:
         content = (STATIC / name).read_bytes()
 
@@ -132,6 +147,7 @@ def application(answers: Answers | Kept) -> Starlette:
     }
     routes = [Route(path, static(*file)) for path, file in FILES.items()]
     routes += [Route(path, given(ask)) for path, ask in asked.items()]
+    routes.append(Route("/api/runs/{run}", opened, methods=["POST"]))
     routes.append(Route("/api/inputs", drop, methods=["POST"]))
 
     async def described(request: Request) -> Response:
@@ -274,7 +290,7 @@ def _described() -> dict[str, Any]:
         "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
         "application/json": {"schema": text},
     }
-    drop = {
+    drop: dict[str, Any] = {
         "summary": "Drop in a picture, or type a text: what the first model reads",
         "parameters": [name],
         "requestBody": {"required": True, "content": sent},
@@ -291,6 +307,18 @@ def _described() -> dict[str, Any]:
             **refusals,
         },
     }
+    opens = {
+        "summary": "Open a run of the folder, to stand beside the others",
+        "parameters": [run],
+        "requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}},
+        "responses": {
+            "200": {
+                "description": "the number of its model",
+                "content": {"application/json": {"schema": {"type": "object"}}},
+            },
+            **{code: told for code, told in drop["responses"].items() if code != "201"},
+        },
+    }
     return {
         "openapi": "3.1.0",
         "info": {"title": "pellucid view", "version": __version__},
@@ -304,7 +332,7 @@ def _described() -> dict[str, Any]:
                 "What one layer does with it", model, one, whole("layer", "from 1")
             ),
             "/api/runs": get("Runs in the folder"),
-            "/api/runs/{run}": get("What a run has logged", run),
+            "/api/runs/{run}": {**get("What a run has logged", run), "post": opens},
             "/api/inputs": {"post": drop},
             "/api/openapi.json": get("This description", media_type="application/json"),
         },
