@@ -1,7 +1,11 @@
 """What every test stands on: checked shapes, fixed seeds, one thread, recorded answers."""
 
 import json
+import os
 from pathlib import Path
+
+# Before torch is imported. Threads do not survive a fork: a child that waits for those of its parent hangs.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import hypothesis
 import jaxtyping

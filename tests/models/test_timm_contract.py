@@ -486,9 +486,16 @@ def test_saved_and_loaded_it_gives_the_same_bits(name, tmp_path):
         assert list(theirs.config.id2label.values()) == classes
 
 
+INDUCTOR = [
+    pytest.param(SMALLEST[family], "inductor", marks=pytest.mark.slow) for family in ("crate_", "tost_")
+]
+"""What is captured is compiled without a family's doing, in half a minute each; two stand for all."""
+
+
 @pytest.mark.usefixtures("unchecked_shapes")
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@every_family
+@pytest.mark.parametrize(
+    ("name", "backend"), [*((name, "aot_eager") for name in SMALLEST.values()), *INDUCTOR]
+)
 def test_compiles_whole_in_training_and_evaluation(name, backend):
     model, x = small(name), images(name)
     gradients = []

@@ -99,6 +99,8 @@ def fork(body: Callable[[], Any], output: int | None = None) -> int:
             io.TextIOWrapper(io.FileIO(number, "w", closefd=False)) for number in (1, 2)
         )
         code = body() or 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
     except BaseException:
         traceback.print_exc()
     finally:

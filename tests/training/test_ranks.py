@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ from pellucid.errors import CheckpointError, ConfigError, NumericsError
 from pellucid.models import create_model
 from pellucid.training import train
 from pellucid.training.checkpoint import load_checkpoint, save_sharded
+from pellucid.training.fixed_sum import in_pairs
 from pellucid.training.learner import Learner
 from pellucid.training.masked import MAE
 from pellucid.training.mcr2 import MCR2, SelfSupervisedMCR2
@@ -365,6 +367,42 @@ def trained(run, *arguments, **options):
     return output
 
 
+@pytest.fixture
+def forked(fork, command, between_steps, tmp_path):
+    """As ``trained``, in forked processes numbered as torchrun numbers them: seconds less than new ones."""
+
+    def run_in_forks(run, *arguments, devices=1, until=None, **options):
+        code = 0 if until is None else 75
+        config = run.with_suffix(".yaml")
+        config.write_text(
+            yaml.safe_dump({"data": "digits", **RUN, "epochs": 1, "devices": devices, **options})
+        )
+        with socket.socket() as place:
+            place.bind(("127.0.0.1", 0))
+            port = place.getsockname()[1]
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "forked"}
+        meeting |= {"WORLD_SIZE": devices, "LOCAL_WORLD_SIZE": devices}
+        meeting |= {"GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1}
+
+        def process(number):
+            if devices > 1:
+                numbers = {"RANK": number, "LOCAL_RANK": number}
+                os.environ |= {name: str(value) for name, value in (meeting | numbers).items()}
+            stops = {until: lambda: os.kill(os.getpid(), signal.SIGTERM)}
+            with between_steps(stops):
+                return command("train", "--config", config, "--out", run, "--no-report", *arguments)
+
+        with open(tmp_path / "said", "w+") as said:
+            children = [
+                fork(lambda number=number: process(number), said.fileno()) for number in range(devices)
+            ]
+            codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+            said.seek(0)
+            assert codes == [code] * devices, said.read()
+
+    return run_in_forks
+
+
 def state(run):
     """All that the last checkpoint holds: weights, teacher, heads, moments, and the optimiser's state."""
     return load_checkpoint(run / "checkpoints")
@@ -403,10 +441,10 @@ RUNS = {
 
 @slow
 @pytest.mark.parametrize("name", RUNS)
-def test_two_processes_give_the_run_of_one(name, tmp_path):
+def test_two_processes_give_the_run_of_one(name, forked, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    trained(one, **RUNS[name])
-    trained(two, **RUNS[name], **TWO)
+    forked(one, **RUNS[name])
+    forked(two, **RUNS[name], **TWO)
     tensors, losses = difference(two, one)
     assert tensors <= 5e-5
     assert losses <= 2e-5
@@ -418,11 +456,11 @@ def test_two_processes_give_the_run_of_one(name, tmp_path):
     [({}, TWO), (TWO, {}), (TWO, TWO), (CUT, {}), (TWO, CUT), (CUT | {"checkpoint_format": "sharded"}, {})],
     ids=["1 to 2", "2 to 1", "2 to 2", "2 cut up to 1", "2 to 2 cut up", "2 cut up in parts to 1"],
 )
-def test_a_stopped_run_goes_on_with_another_number_of_processes(way, tmp_path):
+def test_a_stopped_run_goes_on_with_another_number_of_processes(way, forked, tmp_path):
     """To the same bits with the same number, else within what the numbers of processes differ by."""
     before, after = way
     options = RUNS["simdino, a batch as one group"] | {"save_every": 11}
-    trained(tmp_path / "whole", **options, **after)
+    forked(tmp_path / "whole", **options, **after)
     program = start(tmp_path / "run", **options, **before)
     wait_for(tmp_path / "run" / "checkpoints" / "step-00000011", program)
     program.send_signal(signal.SIGTERM)
@@ -430,17 +468,58 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(way, tmp_path):
     assert code == 75, error
     assert error.count("error: stopped by SIGTERM: saved step ") == 1
     assert 11 <= state(tmp_path / "run").step < 22
-    trained(tmp_path / "run", "--resume", **options, **after)
+    forked(tmp_path / "run", "--resume", **options, **after)
     tensors, losses = difference(tmp_path / "run", tmp_path / "whole")
     assert tensors <= (0 if before == after else 5e-5)
     assert losses <= (0 if before == after else 2e-5)
 
 
+EXACT = {"supervised": RUNS["supervised"], "mae": RUNS["mae"]}
+JOURNEYS = [[1, 2, 1], [2, 1, 2], [1, 4, 2]]
+
+
 @slow
-def test_torchrun(tmp_path):
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("journey", JOURNEYS, ids=str)
+def test_exact_runs_end_in_the_same_bits_whatever_their_processes(
+    name, journey, forked, digits, differences, tmp_path
+):
+    run = tmp_path / "run"
+    options = {**EXACT[name], "exact": 4, "average": 0.9, "lr": 3e-3, "matrix_lr": 1e-2}
+    for turn, (devices, until) in enumerate(zip(journey, [5, 13, None], strict=True)):
+        again = ["--resume"] if turn else []
+        forked(run, *again, devices=devices, until=until, accelerator="cpu", **options)
+    alone = {"epochs": 1, "engine": "plain", "batch_size": 64, **options}
+    assert differences(run, digits.reference(**alone)) == []
+
+
+def test_two_processes_end_in_the_bits_of_one_when_exact(forked, digits, differences, tmp_path):
+    options = {"epochs": 0.25, "exact": 2}
+    forked(tmp_path / "two", devices=2, accelerator="cpu", **options)
+    alone = {**RUN, "engine": "plain", **options}
+    assert differences(tmp_path / "two", digits.reference(**alone)) == []
+
+
+def test_without_exact_the_last_bits_may_differ(forked, digits, differences, tmp_path):
+    """What the tests above would see if the sums were left to the processes."""
+    forked(tmp_path / "two", devices=4, accelerator="cpu", epochs=0.25)
+    alone = {**RUN, "engine": "plain", "epochs": 0.25, "accumulate": 4}
+    assert differences(tmp_path / "two", digits.reference(**alone)) != []
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8, 16])
+def test_the_order_of_a_fixed_sum_does_not_depend_on_who_adds(count):
+    parts = torch.randn(16, 1000).mul(torch.logspace(-4, 4, 16)[:, None]).unbind()
+    branches = [in_pairs(parts[number::count]) for number in range(count)]
+    assert torch.equal(in_pairs(branches), in_pairs(parts))
+    assert not torch.equal(sum(parts), in_pairs(parts))  # the order is of consequence
+
+
+@slow
+def test_torchrun(forked, tmp_path):
     output = trained(tmp_path / "run", launcher=TORCHRUN, **TWO)
     assert output.count("trained in") == 1
-    trained(tmp_path / "ours", **TWO)
+    forked(tmp_path / "ours", **TWO)
     assert difference(tmp_path / "run", tmp_path / "ours") == (0, 0)
 
 
@@ -451,14 +530,14 @@ def slurm(number, tasks=2):
 
 
 @slow
-def test_slurm(tmp_path):
+def test_slurm(forked, tmp_path):
     """As srun starts two tasks: each with its number in the environment."""
     programs = [start(tmp_path / "run", environment=slurm(number), **TWO) for number in range(2)]
     ends = [finish(program) for program in programs]
     assert [code for code, *_ in ends] == [0, 0], ends
     assert "trained in" in ends[0][1]
     assert ends[1][1] == ""
-    trained(tmp_path / "ours", **TWO)
+    forked(tmp_path / "ours", **TWO)
     assert difference(tmp_path / "run", tmp_path / "ours") == (0, 0)
 
 
@@ -476,6 +555,12 @@ def test_slurm(tmp_path):
         ({"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "4"}, TWO, "has started 4 processes"),
         ({}, {"strategy": "fsdp"}, "fsdp cuts a run up over several processes"),
         ({}, {**CUT, "incoherence": 0.1}, "incoherence looks into layers"),
+        ({}, {"exact": 3}, "exact 3 on 1 processes - give powers of two"),
+        ({}, {"exact": 2, **TWO, "devices": 4}, "exact 2 on 4 processes"),
+        ({}, {"exact": 2, "accumulate": 2}, "leave out --accumulate"),
+        ({}, {"exact": 2, **CUT}, "fsdp in its own - take --strategy ddp"),
+        ({}, {"exact": 2, "objective": "mcr2"}, "looks at it as a whole - possible with supervised, mae"),
+        ({}, {"exact": 2, "model": "resnet10t", "model_args": {}}, r"keeps moments of .* \(BatchNorm\)"),
         ({}, {**TWO, "checkpoint_format": "sharded"}, "add --strategy fsdp"),
         ({}, {**CUT, "model": "crate_strict_digits"}, "compress.share is a single number"),
     ],

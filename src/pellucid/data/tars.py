@@ -49,6 +49,8 @@ def read_archive(path: str) -> Archive:
     try:
         with open(path, "rb") as file:
             return _read(file, show_name(path))
+    except DataError:
+        raise
     except (OSError, tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or show_name(str(error))[:120] or type(error).__name__
         raise DataError(f"cannot read {show_name(path)}: {reason} - get it again") from error

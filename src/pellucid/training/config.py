@@ -67,6 +67,8 @@ class TrainConfig:
         stop_on_collapse: end a run whose features collapse, with everything saved.
         precision: ``32``, or ``bf16`` for products in bfloat16.
         accumulate: micro-batches of one step.
+        exact: parts that a batch is cut into whatever the number of processes, a power of two: 1, 2, 4, ...
+            processes up to it, and any change between them, then give the same bits; 0 does without.
         workers: processes that read images.
         eval_every: epochs between evaluations; 0 chooses at most 40 in a run.
         save_every: steps between checkpoints; 0 saves once an epoch.
@@ -114,6 +116,7 @@ class TrainConfig:
     stop_on_collapse: bool = False
     precision: Precision = "32"
     accumulate: int = 1
+    exact: int = 0
     workers: int = 0
     eval_every: float = 0
     save_every: int = 0

@@ -40,6 +40,7 @@ class Words(Objective):
     """
 
     reads: ClassVar[Literal["images", "text"]] = "text"
+    each_alone: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
     recipe: ClassVar[Mapping[str, Any]] = RECIPE
     causal: ClassVar[bool]
@@ -142,6 +143,7 @@ class TextClassification(Objective):
     """
 
     reads: ClassVar[Literal["images", "text"]] = "text"
+    each_alone: ClassVar[bool] = True
     family: ClassVar[str] = "crate_alpha_bert"
     recipe: ClassVar[Mapping[str, Any]] = RECIPE
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.errors import NumericsError
+from pellucid.training.fixed_sum import Gradients
 from pellucid.training.objective import Objective
 from pellucid.training.ranks import whole
 from pellucid.training.recipe import Average, MuonAdamW, cosine, cosine_with_warmup
@@ -18,8 +19,9 @@ from pellucid.training.recipe import Average, MuonAdamW, cosine, cosine_with_war
 class Learner:
     """Everything that a step of training reads and changes.
 
-    A loop calls :meth:`losses` for each micro-batch, sends them backward, and calls :meth:`update` once. All
-    randomness is a function of (seed, step, micro-batch), so nothing depends on what ran before.
+    A loop calls :meth:`losses` for each micro-batch, sends them backward with :meth:`backward`, and calls
+    :meth:`update` once. All randomness is a function of (seed, step, micro-batch), so nothing depends on what
+    ran before.
 
     Args:
         objective: turns a batch into ``{"loss": ..., parts}`` and owns ``model``.
@@ -30,6 +32,8 @@ class Learner:
         average: decay of the averaged weights; 0 keeps none.
         weight_decay: at the start and at the end of the run; the optimiser's own unless given.
         seed: of dropout and whatever else is random in a step.
+        exact: parts that a batch is cut into, over all processes, whose gradients are added in an order that
+            does not depend on the number of processes; 0 leaves it to them.
     """
 
     def __init__(
@@ -43,12 +47,15 @@ class Learner:
         average: float = 0.0,
         weight_decay: tuple[float, float] | None = None,
         seed: int = 0,
+        exact: int = 0,
     ) -> None:
         self.objective, self.optimizer, self.weight_decay = objective, optimizer, weight_decay
         self.plain = objective  # what measures, and holds the result; a copy where the objective is cut up
         self.model: nn.Module = objective.model
         self.total_steps, self.warmup, self.clip, self.seed = total_steps, warmup, clip, seed
         self.average = Average(self.model, average) if average else None
+        self.exact = exact
+        self.gradients = Gradients(objective) if exact else None
         self.step = 0
         self.any_rank: Callable[[bool], bool] = lambda flag: flag
         self._finite: Tensor | None = None
@@ -61,6 +68,12 @@ class Learner:
         self._finite = finite if self._finite is None else self._finite & finite
         return parts
 
+    def backward(self, loss: Tensor, parts: int, run: Callable[[Tensor], Any] = Tensor.backward) -> None:
+        """Add the gradient of one of the ``parts`` that this process computes in a step, with ``run``."""
+        run(loss / (self.exact or parts))
+        if self.gradients is not None:
+            self.gradients.take()
+
     def update(self, apply: Callable[[], Any] | None = None) -> None:
         """Move the parameters along the accumulated gradient.
 
@@ -71,6 +84,8 @@ class Learner:
             NumericsError: the loss or a gradient is not finite, here or on another rank. Parameters,
                 optimiser, average and step are as before the call.
         """
+        if self.gradients is not None:
+            self.gradients.give()
         parameters = [p for p in self.objective.parameters() if p.grad is not None]
         norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         finite_loss, self._finite = self._finite, None

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from pellucid.errors import ConfigError
+from pellucid.training.fixed_sum import fixed_sum
 from pellucid.training.learner import Learner
 from pellucid.training.lifeline import Lifeline
 from pellucid.training.ranks import averaged
@@ -46,6 +47,7 @@ def fit_plain(
     ``begin`` is called when the learner is in its place; ``after_step`` may raise to stop.
     """
     device = torch.device(device)
+    accumulate = learner.exact or accumulate
     learner.objective.to(device).train()
     learner.follow_model()
     begin()
@@ -56,10 +58,10 @@ def fit_plain(
         batch = tree_map(lambda part: part.to(device, non_blocking=True), batch)
         with autocast:
             parts.append(learner.losses(batch, micro=len(parts)))
-        (parts[-1]["loss"] / accumulate).backward()
+        learner.backward(parts[-1]["loss"], accumulate)
         if len(parts) == accumulate:
             learner.update()
-            after_step(_mean(parts))
+            after_step(_mean(parts, learner.exact))
             parts = []
 
 
@@ -100,7 +102,7 @@ def fit_lightning(
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
         warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # the teacher
         several = nodes > 1 or str(devices) != "1"
-        together = Sharded if strategy == "fsdp" else Together
+        together = Sharded if strategy == "fsdp" else Exactly if learner.exact else Together
         with _plainly(MisconfigurationException, ValueError, RuntimeError):
             # Lightning's own way of going on after SLURM's time limit would save beside ours.
             slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
@@ -151,6 +153,13 @@ class Together(DDPStrategy):
         super().setup_environment()
         assert self.cluster_environment is not None
         self.lifeline.connect(self.cluster_environment.main_address)
+
+
+class Exactly(Together):
+    """Processes that hold the same weights, and whose gradients the learner adds up itself."""
+
+    def configure_ddp(self) -> None:
+        pass
 
 
 class Sharded(Together):
@@ -234,11 +243,12 @@ class _Module(lightning.LightningModule):
         micro = len(self.parts) * self.trainer.world_size + self.global_rank
         self.parts.append(self.learner.losses(batch, micro))
         with torch.autocast(self.device.type, enabled=False):  # lightning's holds for the forward pass only
-            self.manual_backward(self.parts[-1]["loss"] / self.accumulate)
-            if len(self.parts) == self.accumulate:
+            accumulate = self.learner.exact // self.trainer.world_size or self.accumulate
+            self.learner.backward(self.parts[-1]["loss"], accumulate, self.manual_backward)
+            if len(self.parts) == accumulate:
                 optimizer: Any = self.optimizers()
                 self.learner.update(apply=optimizer.step)
-                self.after_step(_mean(self.parts))
+                self.after_step(_mean(self.parts, self.learner.exact))
                 self.parts = []
 
     def _any_rank(self, flag: bool) -> bool:
@@ -250,7 +260,10 @@ class _Module(lightning.LightningModule):
         return bool(total > 0)
 
 
-def _mean(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _mean(parts: list[dict[str, Tensor]], exact: int) -> dict[str, Tensor]:
     """Over micro-batches and processes."""
+    if exact:
+        values = [torch.stack([value.detach().float() for value in part.values()]) for part in parts]
+        return dict(zip(parts[0], fixed_sum(values) / exact, strict=True))
     means = [torch.stack([part[key].detach().float() for part in parts]).mean() for key in parts[0]]
     return dict(zip(parts[0], averaged(torch.stack(means)), strict=True))

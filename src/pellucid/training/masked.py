@@ -40,6 +40,7 @@ class MAE(Representation):
         ConfigError: a model without a decoder, or a share that hides nothing or everything.
     """
 
+    each_alone: ClassVar[bool] = True
     family: ClassVar[str] = "crate_mae"
     small_augment: ClassVar[Augment] = "none"  # turned ones teach less about pictures as they stand
     recipe: ClassVar[Mapping[str, Any]] = {"batch_size": 64}

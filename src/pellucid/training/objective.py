@@ -51,6 +51,7 @@ class Objective(nn.Module):
         heads: trained beside the model and not handed over; empty unless an objective needs them.
         many_views: a batch holds several views of each image, :class:`~pellucid.data.crops.Crops`.
         family: of our models, the one to take where none is named.
+        each_alone: the loss of an image or a text does not depend on what else is in its batch.
         needs_labels: cannot learn from images without labels, and gives the model a classifier.
         small_augment: how small pictures are augmented where that is left to the data.
         recipe: options of a run that suit it better than their defaults, where they are left out.
@@ -60,6 +61,7 @@ class Objective(nn.Module):
     reads: ClassVar[Literal["images", "text"]] = "images"
     many_views: ClassVar[bool] = False
     family: ClassVar[str] = "crate"
+    each_alone: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = True
     small_augment: ClassVar[Augment] = "small"
     recipe: ClassVar[Mapping[str, Any]] = MappingProxyType({})

@@ -126,6 +126,7 @@ def train(
     )
     _refuse_strategy(config)
     _refuse_other_processes(config)
+    _refuse_exact(config)
     material = load_material(config, data, resume)
     setting = _set_up(material.resolved(config), material)
     config = setting.config
@@ -232,7 +233,7 @@ class _Setting:
             seed=config.seed,
             steps=learner.total_steps,
             start=learner.step,
-            accumulate=config.accumulate,
+            accumulate=config.exact // world or config.accumulate,
             rank=rank,
             world=world,
         )
@@ -248,6 +249,28 @@ def _refuse_strategy(config: TrainConfig) -> None:
             raise ConfigError("fsdp cuts a run up over several processes - give --devices, or leave it out")
         if config.incoherence:
             raise ConfigError("incoherence looks into layers that fsdp takes apart - take --strategy ddp")
+
+
+def _refuse_exact(config: TrainConfig) -> None:
+    """What cannot be the same to the last bit on any number of processes."""
+    parts, kind = config.exact, OBJECTIVES[config.objective]
+    if not parts:
+        return
+    if not kind.each_alone:
+        alone = [name for name, other in OBJECTIVES.items() if other.each_alone]
+        raise ConfigError(
+            f"exact cuts a batch into parts, and {config.objective} looks at it as a whole - "
+            f"possible with {', '.join(alone)}"
+        )
+    if config.strategy == "fsdp":
+        raise ConfigError("exact adds gradients in one order, and fsdp in its own - take --strategy ddp")
+    if config.accumulate != 1:
+        raise ConfigError("exact says into how many parts a batch is cut - leave out --accumulate")
+    processes = config.devices * config.nodes if isinstance(config.devices, int) else config.nodes
+    if parts < 1 or parts & (parts - 1) or processes & (processes - 1) or parts < processes:
+        raise ConfigError(
+            f"exact {parts} on {processes} processes - give powers of two, exact the larger or the same"
+        )
 
 
 def _refuse_other_processes(config: TrainConfig) -> None:
@@ -268,6 +291,15 @@ def _refuse_to_cut(objective: Objective) -> None:
             raise ConfigError(f"fsdp cuts by rows, and {name} is a single number - take --strategy ddp")
 
 
+def _refuse_running_moments(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ConfigError(
+                f"{name} keeps moments of the batches that its own process sees (BatchNorm), so exact cannot "
+                f"hold - take a model without, or leave out --exact"
+            )
+
+
 def _set_up(config: TrainConfig, material: Material) -> _Setting:
     kind = OBJECTIVES[config.objective]
     # An orthogonal matrix has other last bits with other threads, and a run begins there.
@@ -281,6 +313,8 @@ def _set_up(config: TrainConfig, material: Material) -> _Setting:
         objective = kind.build(model, config, steps)
     if config.strategy == "fsdp":
         _refuse_to_cut(objective)
+    if config.exact:
+        _refuse_running_moments(model)
     config = material.shown_to(model, objective, replace(config, objective_args=_arguments(objective)))
     end = config.weight_decay_end
     learner = Learner(
@@ -292,6 +326,7 @@ def _set_up(config: TrainConfig, material: Material) -> _Setting:
         clip=config.clip,
         average=config.average,
         seed=config.seed,
+        exact=config.exact,
     )
     setting = _Setting(config, material, model, learner, [0.0])
     setting.batches(0, max(1, config.devices) * config.nodes if isinstance(config.devices, int) else 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -28,6 +28,8 @@ class Supervised(Objective):
     Raises:
         ConfigError: incoherence asked of a model without subspaces.
     """
+
+    each_alone: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module, label_smoothing: float = 0.1, incoherence: float = 0.0) -> None:
         super().__init__(model)
