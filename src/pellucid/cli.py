@@ -144,8 +144,8 @@ _Flat = Parameter(name="*")
 BUNDLE_BYTES = 64_000_000
 """Of a bundle, roughly: inputs beyond it are left out."""
 
-REPORT_BYTES = 1_500_000
-"""The same of the part of a report that can be clicked through."""
+REPORT_BYTES, REPORT_TEXT_BYTES = 1_500_000, 2_500_000
+"""The same of the part of a report that can be clicked through, on pictures and on text."""
 
 
 @app.command
@@ -660,7 +660,7 @@ def audit(
     out
         Write the audit as JSON.
     bundle
-        Write it with everything that the page shows on some of the images; pellucid view opens the file.
+        Write it with everything that the page shows on some of them; pellucid view opens the file.
     limit
         Look at no more than so many images, or rows of text.
     pretrained
@@ -671,9 +671,7 @@ def audit(
     _refuse_output(out)
     _refuse_output(bundle)
     network, batches, count, looked_at = _audited(model, pretrained, data, limit, source or Source())
-    if bundle is not None and _reads_text(network):
-        raise ConfigError("--bundle is of images, and this model reads text - leave it out")
-    with _bar(count, "image") as step:
+    with _bar(count, "row" if _reads_text(network) else "image") as step:
         result = hold(network, batches, data=looked_at.name, progress=step)
     say(result.table())
     say("")
@@ -683,12 +681,15 @@ def audit(
     if out is not None:
         _write(out, json.dumps(result.to_dict(), indent=1) + "\n")
     if bundle is not None:
-        from pellucid.glass.answers import Answers, Subject, sample_inputs
+        from pellucid.glass.answers import Answers, Subject, samples_of
         from pellucid.glass.answers import bundle as packed
 
-        subject = Subject(network, result.model, looked_at)
+        of_text = {}
+        if _reads_text(network):
+            of_text = {"tokenizer": looked_at.tokenizer, "windows": batches.dataset}
+        subject = Subject(network, result.model, looked_at, **of_text)
         known = {0: result.to_dict()}
-        answers = Answers(model, [subject], sample_inputs(looked_at), audit_limit=limit, audits=known)
+        answers = Answers(model, [subject], samples_of([subject]), audit_limit=limit, audits=known)
         _write(bundle, packed(answers, budget=BUNDLE_BYTES))
         say(f"bundle: {bundle}, {bundle.stat().st_size / 1e6:.1f} MB; open it with pellucid view {bundle}")
 
@@ -758,9 +759,9 @@ def view(
         A run's folder, a folder of runs, a model/ folder, the name of a model (timm's too), or a file that
         audit --bundle wrote.
     images
-        Picture files to look at, before some of the test images.
+        Pictures to look at, before some of the test images; for a language model files of text.
     data
-        Images to audit the model on; the run's own test images when left out.
+        Images or texts to audit the model on; the run's own held-out ones when left out.
     runs
         A folder of runs to list; the run's own folder, or the folder of runs that was given, when left out.
     beside
@@ -1440,11 +1441,11 @@ def _report(runs: list[Run], data: ImageData | TextData, path: Path, command: st
 
     if isinstance(data, TextData):
         bundle = collect_text(runs, data, command=command, progress=say)
-        answers = None
     else:
         bundle = collect(runs, data, command=command, progress=say)
-        answers = answers_of(runs, data, [model["audit"] for model in bundle["models"]])
-    _write(path, render(bundle, None if answers is None else packed(answers, budget=REPORT_BYTES, half=True)))
+    answers = answers_of(runs, data, [model["audit"] for model in bundle["models"]])
+    most = REPORT_TEXT_BYTES if isinstance(data, TextData) else REPORT_BYTES
+    _write(path, render(bundle, None if answers is None else packed(answers, budget=most, half=True)))
     subject = bundle["models"][0]
     if subject["audit"] is not None:
         say(f"audit of {subject['name']}: {subject['audit']['verdict']['text']}")

@@ -7,6 +7,7 @@ import io
 import math
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -451,3 +452,28 @@ def make(
 def make_bundle() -> Callable[..., dict]:
     """Builds a fresh bundle; see ``make`` for what can be chosen."""
     return make
+
+
+def _story(number: int) -> str:
+    """A text of a small grammar, another one for each number."""
+    draw = random.Random(number)
+    who, did = ("the sun", "a river", "my brother"), ("saw", "took")
+    lines = [f"And {draw.choice(who)} {draw.choice(did)} the stone, für immer.\n" for _ in range(4)]
+    return "".join(lines)
+
+
+@pytest.fixture(scope="session")
+def text_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on text, trained for a moment, and a GPT-2 beside it."""
+    from pellucid.training import train
+
+    root = tmp_path_factory.mktemp("text")
+    (root / "stories").mkdir()
+    for number in range(16):
+        (root / "stories" / f"{number:02d}.txt").write_text(_story(number), encoding="utf-8")
+    out = root / "runs" / "stories"
+    small = {"context": 48, "depth": 2, "embed_dim": 16, "num_heads": 2}
+    for model, folder in (("crate_gpt_bytes", out), ("gpt2_bytes", out / "beside-gpt2_bytes")):
+        options = {"objective": "causal-lm", "model": model, "model_args": small, "batch_size": 16}
+        train(str(root / "stories"), out=str(folder), epochs=1, progress=False, **options)
+    return out

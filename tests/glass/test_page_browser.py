@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pellucid.data import load_data
 from pellucid.glass import server
 from pellucid.glass.answers import Answers, Subject, bundle, sample_inputs
 from pellucid.glass.guard import Guard
+from pellucid.glass.opening import open_target
 from pellucid.glass.report import render
 from pellucid.glass.server import application
 from pellucid.glass.shelf import Shelf
@@ -61,8 +63,8 @@ def answers(runs: Path) -> Answers:
     return Answers("t", subjects, inputs, shelf=Shelf(runs), takes_inputs=True, audit_limit=16)
 
 
-@pytest.fixture(scope="module")
-def address(answers: Answers) -> Iterator[str]:
+@contextmanager
+def serving(answers: Answers) -> Iterator[str]:
     import uvicorn
 
     opened = server.listening(0)
@@ -75,6 +77,12 @@ def address(answers: Answers) -> Iterator[str]:
     yield guard.address
     running.should_exit = True
     thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def address(answers: Answers) -> Iterator[str]:
+    with serving(answers) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -160,11 +168,8 @@ def foreign(watched: Watched, place: str) -> list[str]:
     return [url for url in watched.requests if not url.startswith((own, "data:", "blob:"))]
 
 
-@pytest.mark.parametrize("width", [1280, 768, 390])
-def test_every_view_is_silent_and_fits(watched: Callable[..., Watched], place: str, width: int) -> None:
-    seen = watched(width=width, scheme="dark" if width == 768 else "light")
-    page = seen.open(place)
-    for model in range(3):
+def views_are_silent_and_fit(page: Any, models: int) -> None:
+    for model in range(models):
         for view in VIEWS:
             go(page, f"#/{view}?m={model}&l=2&h=2")
             page.wait_for_selector(f"nav button[aria-current=page]:text-is('{view.capitalize()}')")
@@ -179,6 +184,13 @@ def test_every_view_is_silent_and_fits(watched: Callable[..., Watched], place: s
             ).all_inner_texts()
             for canvas in page.locator(".glass canvas[role=img]").all():
                 assert canvas.get_attribute("aria-label"), view
+
+
+@pytest.mark.parametrize("width", [1280, 768, 390])
+def test_every_view_is_silent_and_fits(watched: Callable[..., Watched], place: str, width: int) -> None:
+    seen = watched(width=width, scheme="dark" if width == 768 else "light")
+    page = seen.open(place)
+    views_are_silent_and_fit(page, 3)
     assert seen.faults == []
     assert foreign(seen, place) == []
 
@@ -270,8 +282,7 @@ def test_by_keyboard_alone(watched: Callable[..., Watched], place: str) -> None:
         page.wait_for_selector(f"nav button[aria-current=page]:text-is('{view.capitalize()}')")
     page.keyboard.press("3")
     page.wait_for_selector("h2:has-text('Subspace 1 of 8, layer 1')")
-    for key in ("]", "]", ".", "["):
-        page.wait_for_timeout(500)  # a key counts from what is drawn
+    for key in ("]", "]", ".", "["):  # at once: a key counts from what is chosen, whatever is drawn by then
         page.keyboard.press(key)
     page.wait_for_selector("h2:text-is('Subspace 2 of 8, layer 2')")
     page.keyboard.press("m")
@@ -289,9 +300,27 @@ def test_by_keyboard_alone(watched: Callable[..., Watched], place: str) -> None:
         page.wait_for_function(
             f"() => new URLSearchParams(location.hash.split('?')[1]).get('t') === '{token}'"
         )
+    for key in ("Home", "ArrowDown", "ArrowRight", "ArrowDown", "ArrowRight", "ArrowLeft"):
+        page.keyboard.press(key)
+    page.wait_for_function("() => new URLSearchParams(location.hash.split('?')[1]).get('t') === '6'")
     outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
     assert outline != "none"
     assert seen.faults == []
+
+
+def test_keys_within_one_task_are_all_counted(watched: Callable[..., Watched], place: str) -> None:
+    """Faster than any hand: nothing is drawn between these, so none may count from what is."""
+    page = watched().open(place)
+    go(page, "#/head")
+    page.wait_for_selector("h2:text-is('Subspace 1 of 8, layer 1')")
+    page.locator(".glass nav button").first.focus()
+    page.evaluate(
+        """keys => keys.forEach(key => document.activeElement.dispatchEvent(
+             new KeyboardEvent("keydown", {key, bubbles: true, cancelable: true})))""",
+        ["]", "]", "]", "[", ".", ".", ".", ",", "n", "n", "p", "m", "4"],
+    )
+    page.wait_for_selector("nav button[aria-current=page]:text-is('Token')")
+    assert page.evaluate("location.hash") == "#/token?m=1&i=1&l=3&h=3"
 
 
 def test_atoms_and_the_patches_that_fire_them(
@@ -367,6 +396,122 @@ def test_in_a_report_the_keys_stay_where_the_reader_is(watched: Callable[..., Wa
     assert page.locator("#inside").evaluate("e => getComputedStyle(e).display") == "block"
     page.emulate_media(media="print")
     assert page.locator("#inside").evaluate("e => getComputedStyle(e).display") == "none"
+
+
+# A language model
+
+
+@pytest.fixture(scope="module")
+def reading(text_run: Path) -> Answers:
+    answers = open_target(str(text_run))
+    assert isinstance(answers, Answers)
+    answers.audit_limit = 4
+    return answers
+
+
+@pytest.fixture(scope="module")
+def text_address(reading: Answers) -> Iterator[str]:
+    with serving(reading) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def text_report(
+    reading: Answers, tmp_path_factory: pytest.TempPathFactory, make_bundle: Callable[..., dict]
+) -> str:
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    path.write_text(render(make_bundle(task="next"), bundle(reading, half=True)), encoding="utf-8")
+    return path.as_uri()
+
+
+@pytest.fixture(params=["server", "file"])
+def text_place(request: pytest.FixtureRequest) -> str:
+    return request.getfixturevalue({"server": "text_address", "file": "text_report"}[request.param])
+
+
+@pytest.mark.parametrize("width", [1280, 768, 390])
+def test_every_view_of_a_language_model(
+    watched: Callable[..., Watched], text_place: str, width: int, reading: Answers
+) -> None:
+    seen = watched(width=width, scheme="dark" if width == 768 else "light")
+    page = seen.open(text_place)
+    views_are_silent_and_fit(page, len(reading.subjects))
+    go(page, "#/head?i=0&l=2&h=2&t=20")
+    page.wait_for_selector("h2:text-is('Subspace 2 of 2, layer 2')")
+    words = page.locator(".glass main .words .word")
+    assert words.count() == 48
+    assert words.nth(0).inner_text() == "<|endoftext|>"
+    assert words.nth(4).inner_text() == "·"
+    weights = reading.layer(0, 0, 2)["attention"][1, 20]
+    assert words.nth(20).evaluate("e => e.classList.contains('chosen')")
+    shades = words.evaluate_all(
+        "all => all.map(e => Number((/[\\d.]+(?=\\)$)/.exec(e.style.background) ?? [0])[0]))"
+    )
+    expected = (0.6 * weights / weights.max()).tolist()
+    assert shades == pytest.approx(expected, abs=3e-3)
+    words.nth(11).click()
+    page.wait_for_function("() => location.hash.includes('t=11')")
+    page.wait_for_selector(".glass aside .caption:has-text('(word 12)')")
+    assert seen.faults == []
+    assert foreign(seen, text_place) == []
+
+
+def test_what_layers_would_say_and_what_atoms_respond_to(
+    watched: Callable[..., Watched], text_place: str, reading: Answers
+) -> None:
+    page = watched().open(text_place)
+    go(page, "#/token?i=0&l=2&t=20")
+    page.wait_for_selector("h3:text-is('The words that fire it most')")
+    lens = reading.look(0, 0)["lens"]
+    rows = page.locator(".glass .lens tr")
+    assert rows.count() == 3
+    for layer in range(3):
+        said = rows.nth(layer).locator("td").first.inner_text()
+        name, chance = lens["words"][lens["likeliest"][layer, 20, 0]], float(lens["chances"][layer, 20, 0])
+        assert said.startswith(name.replace(" ", "·").replace("\n", "↵"))
+        assert any(shown_percent(chance * (1 + e)) in said for e in (-2e-3, 0, 2e-3))
+    code = reading.layer(0, 0, 2)["after"][20]
+    best = int(code.argmax())
+    assert page.locator(".glass .chips button").first.inner_text().split()[0] == str(best)
+    found = reading.audit(0)
+    atoms = found["atoms"]["2"]
+    shown = page.locator(".glass .contexts mark").all_inner_texts()
+    expected = [found["words"][int(word) - 1] for word in atoms["contexts"][best, :, found["at"]]]
+    assert shown == [word.replace(" ", "·").replace("\n", "↵") for word in expected]
+
+
+def test_a_passage_is_typed(watched: Callable[..., Watched], text_address: str) -> None:
+    seen = watched()
+    page = seen.open(text_address)
+    go(page, "#/data")
+    page.fill(".glass textarea", "<img src=x onerror=alert(1)>\nAnd 3 2 1")
+    page.get_by_role("button", name="look into it").click()
+    page.wait_for_selector(".glass [role=status]:has-text('It is open')")
+    page.wait_for_selector(".glass aside .caption:has-text('<img src=x')")
+    assert page.locator(".glass img").count() == 0
+    assert page.locator(".glass aside .word").count() == 39
+    assert page.locator(".glass .guesses li").count() == 10  # of two models
+    assert page.evaluate("location.hash").startswith("#/data")  # what is typed is no key of the page
+    page.fill(".glass textarea", "x" * 60)
+    page.get_by_role("button", name="look into it").click()
+    page.wait_for_selector(".glass [role=status]:has-text('61 words, and 48 are looked at at most')")
+    assert [fault for fault in seen.faults if "422" not in fault] == []
+
+
+def test_another_run_is_opened_from_the_folder(watched: Callable[..., Watched], text_run: Path) -> None:
+    answers = open_target(str(text_run), beside=[], runs=text_run)
+    assert isinstance(answers, Answers)
+    answers.audit_limit = 2
+    with serving(answers) as address:
+        seen = watched()
+        page = seen.open(address)
+        go(page, "#/runs")
+        page.get_by_role("button", name="look into beside-gpt2_bytes").click()
+        page.wait_for_selector("h2:has-text('GPT-2: its layers state no objective')")
+        page.wait_for_selector(".glass .switch button[aria-pressed=true]:text-is('GPT-2')")
+        page.wait_for_selector("caption:text-is('The audit, step by step')")
+        assert page.locator(".glass .switch button").all_inner_texts() == ["CRATE", "GPT-2"]
+        assert seen.faults == []
 
 
 def test_another_page_gets_nothing(browser: Any, address: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from pellucid.data import load_data
 from pellucid.glass.answers import Answers, Subject, sample_inputs
 from pellucid.glass.guard import Guard
+from pellucid.glass.opening import open_target
 from pellucid.glass.server import DESCRIPTION, application, listening
 from pellucid.glass.shelf import Shelf
 from pellucid.models import create_model
@@ -23,6 +25,20 @@ schemathesis = pytest.importorskip("schemathesis")
 GenerationMode = schemathesis.GenerationMode
 positive_data_acceptance = pytest.importorskip("schemathesis.specs.openapi.checks").positive_data_acceptance
 pytestmark = pytest.mark.slow
+
+
+@contextmanager
+def serving(answers: Answers) -> Iterator[Guard]:
+    opened = listening(0)
+    guard = Guard(application(answers), opened.getsockname()[1])
+    running = uvicorn.Server(uvicorn.Config(guard, log_level="error", lifespan="off", ws="none"))
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [opened]}, daemon=True)
+    thread.start()
+    while not running.started:
+        time.sleep(0.01)
+    yield guard
+    running.should_exit = True
+    thread.join(10)
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +55,18 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
     answers = Answers(
         "t", [subject], sample_inputs(digits, 2), shelf=Shelf(root), takes_inputs=True, audit_limit=4
     )
-    opened = listening(0)
-    guard = Guard(application(answers), opened.getsockname()[1])
-    running = uvicorn.Server(uvicorn.Config(guard, log_level="error", lifespan="off", ws="none"))
-    thread = threading.Thread(target=running.run, kwargs={"sockets": [opened]}, daemon=True)
-    thread.start()
-    while not running.started:
-        time.sleep(0.01)
-    yield guard
-    running.should_exit = True
-    thread.join(10)
+    with serving(answers) as guard:
+        yield guard
+
+
+@pytest.fixture(scope="module")
+def reading(text_run: Path) -> Iterator[Guard]:
+    """The same with a model that reads text."""
+    answers = open_target(str(text_run))
+    assert isinstance(answers, Answers)
+    answers.audit_limit = 2
+    with serving(answers) as guard:
+        yield guard
 
 
 OPERATIONS = [found.ok() for found in schemathesis.openapi.from_dict(DESCRIPTION).get_all_operations()]
@@ -58,7 +76,9 @@ OPERATIONS = [found.ok() for found in schemathesis.openapi.from_dict(DESCRIPTION
 @pytest.mark.parametrize(
     "mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["as told", "against it"]
 )
-def test_no_fault_and_nothing_from_outside(operation, mode: GenerationMode, guard: Guard) -> None:
+@pytest.mark.parametrize("place", ["guard", "reading"])
+def test_no_fault_and_nothing_from_outside(operation, mode: GenerationMode, place: str, request) -> None:
+    guard = request.getfixturevalue(place)
     headers = {"Authorization": f"Bearer {guard.token}"}
     base = f"http://127.0.0.1:{guard.port}"
 

@@ -1,6 +1,6 @@
 /** What is selected lives in the address, behind the #, so that a view can be shared and gone back to. */
 
-import { useEffect, useState } from "preact/hooks";
+import { useEffect, useRef, useState } from "preact/hooks";
 
 export const VIEWS = ["overview", "layer", "head", "token", "data", "runs"] as const;
 export type View = (typeof VIEWS)[number];
@@ -49,15 +49,26 @@ export function format(selection: Selection): string {
   return `#/${selection.view}${text ? `?${text}` : ""}`;
 }
 
-export type Go = (change: Partial<Selection>) => void;
+export type Change = Partial<Selection>;
+export type Go = (change: Change | ((now: Selection) => Change)) => void;
 
-/** The selection, and how to change it. Another view is another entry of the history; the rest is not. */
+/**
+ * The selection, and how to change it. Another view is another entry of the history; the rest is not.
+ *
+ * What is drawn lags behind what was asked for: a change that depends on what is chosen is a function of it, and is
+ * given what the change before it left, drawn or not.
+ */
 export function useSelection(): [Selection, Go] {
   const [selection, setSelection] = useState<Selection>(() => parse(location.hash) ?? FIRST);
+  const latest = useRef(selection);
+  const choose = (next: Selection): void => {
+    latest.current = next;
+    setSelection(next);
+  };
   useEffect(() => {
     const follow = (): void => {
       const found = parse(location.hash);
-      if (found) setSelection(found);
+      if (found) choose(found);
     };
     addEventListener("hashchange", follow);
     addEventListener("popstate", follow);
@@ -67,12 +78,13 @@ export function useSelection(): [Selection, Go] {
     };
   }, []);
   const go: Go = (change) => {
-    const next = { ...selection, ...change };
+    const now = latest.current;
+    const next = { ...now, ...(typeof change === "function" ? change(now) : change) };
     const hash = format(next);
     if (hash === location.hash) return;
-    if (next.view !== selection.view) history.pushState(null, "", hash);
+    if (next.view !== now.view) history.pushState(null, "", hash);
     else history.replaceState(null, "", hash);
-    setSelection(next);
+    choose(next);
   };
   return [selection, go];
 }

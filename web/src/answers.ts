@@ -22,6 +22,8 @@ export interface Model {
   name: string;
   label: string;
   reads: "image" | "text";
+  /** Of a language model: it tells the word that follows, and sees none behind it. */
+  causal: boolean;
   white: boolean;
   parameters: number;
   depth: number;
@@ -33,6 +35,7 @@ export interface Model {
   audited: boolean;
   data: string | null;
   accuracy: number | null;
+  bits_per_byte: number | null;
   seconds: number | null;
   /** Nothing is learnt yet. */
   fresh: boolean;
@@ -44,6 +47,8 @@ export interface Input {
   label: string | null;
   kind: "image" | "text";
   thumb: Tensor | null;
+  /** Of a text. */
+  begins: string | null;
   dropped: boolean;
 }
 
@@ -54,6 +59,7 @@ export interface Overview {
   models: Model[];
   inputs: Input[];
   takes_inputs: boolean;
+  opens_runs: boolean;
   has_runs: boolean;
 }
 
@@ -80,6 +86,15 @@ export interface Atoms {
   patches: Tensor;
 }
 
+/** What atoms respond to in text: contexts are one more than places in the answer's words, 0 where there is none. */
+export interface AtomsOfText {
+  kind: "atoms" | "units";
+  fires: Tensor;
+  score: Tensor;
+  values: Tensor;
+  contexts: Tensor;
+}
+
 export interface GalleryItem {
   name: string;
   label: string | null;
@@ -95,8 +110,11 @@ export interface AuditAnswer {
     spectra: { layer: number; step: string; singular_values: number[] }[];
     norms: { layer: number; step: string; edges: number[]; counts: number[]; mean?: number }[];
   } | null;
-  atoms: Record<string, Atoms>;
+  atoms: Record<string, Atoms | AtomsOfText>;
   gallery: GalleryItem[];
+  words?: string[];
+  /** Which word of a context it responds at. */
+  at?: number;
   looked_at?: number;
 }
 
@@ -112,6 +130,15 @@ export interface StepSeen {
   singular_values: Tensor;
 }
 
+/** What a language model would say at each place if it ended after each layer. */
+export interface Lens {
+  words: string[];
+  likeliest: Tensor;
+  chances: Tensor;
+  /** The chance of the word that there is to tell; NaN where it is not known. */
+  own: Tensor;
+}
+
 export interface Look {
   model: number;
   input: number;
@@ -120,6 +147,7 @@ export interface Look {
   prefix: string[];
   grid: [number, number] | null;
   guesses: { name: string; share: number }[];
+  lens: Lens | null;
   points: [number, string][];
   norms: Tensor;
   turned: Tensor;

@@ -4,18 +4,18 @@ import { render, type JSX } from "preact";
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 import "uplot/dist/uPlot.min.css";
 import "./glass.css";
-import { useSelection, VIEWS, type Go, type Selection, type View } from "./address";
+import { useSelection, VIEWS, type Change, type Go, type Selection, type View } from "./address";
 import type { AuditAnswer, Look, Model, Overview as OverviewAnswer } from "./answers";
 import { ask, embedded, useAnswer, type Asked } from "./source";
-import { Tokens, useMedia, Waiting } from "./parts";
-import { clip, percent, tokenName } from "./words";
+import { row, Tokens, useMedia, Waiting } from "./parts";
+import { clip, percent, shown, tokenName } from "./words";
 import { Data, Face } from "./views/data";
 import { Head } from "./views/head";
 import { Layer } from "./views/layer";
 import { Overview } from "./views/overview";
 import { Runs } from "./views/runs";
 import { TokenView } from "./views/token";
-import type { Scene } from "./views/shared";
+import { called, type Scene } from "./views/shared";
 
 const NAMES: Record<View, string> = { overview: "Overview", layer: "Layer", head: "Head", token: "Token", data: "Data", runs: "Runs" };
 
@@ -36,10 +36,14 @@ function App(): JSX.Element {
     setRound((n) => n + 1);
     go({ input, token: null });
   };
-  return <Opened overview={overview.value} selection={selection} go={go} onDropped={onDropped} />;
+  const onOpened = (model: number): void => {
+    setRound((n) => n + 1);
+    go({ view: "overview", model, atom: null });
+  };
+  return <Opened overview={overview.value} selection={selection} go={go} onDropped={onDropped} onOpened={onOpened} />;
 }
 
-function Opened(props: { overview: OverviewAnswer; selection: Selection; go: Go; onDropped: (input: number) => void }): JSX.Element {
+function Opened(props: { overview: OverviewAnswer; selection: Selection; go: Go; onDropped: (input: number) => void; onOpened: (model: number) => void }): JSX.Element {
   const { overview, go } = props;
   const views = VIEWS.filter((view) => (view === "runs" ? overview.has_runs : overview.models.length > 0));
   const selection = settled(props.selection, overview, views);
@@ -50,12 +54,14 @@ function Opened(props: { overview: OverviewAnswer; selection: Selection; go: Go;
   const current = look.value && look.value.model === selection.model && look.value.input === selection.input ? look.value : null;
   const total = current?.norms.shape[1] ?? 0;
   const start = current ? middle(current) : 0;
-  const token = selection.token !== null && selection.token < total ? selection.token : start;
-  useKeys(root, overview, selection, model, go, views);
+  const held = (chosen: Selection): number => (chosen.token !== null && chosen.token < total ? chosen.token : start);
+  const token = held(selection);
+  const choose: Scene["choose"] = (next) => go((now) => ({ token: typeof next === "function" ? next(held(now)) : next }));
+  useKeys(root, overview, go, views);
   useEffect(() => {
     if (!embedded()) document.title = `${overview.title} – ${NAMES[selection.view]} – pellucid`;
   }, [overview.title, selection.view]);
-  const scene: Scene | null = model ? { overview, model, selection, go, look: { value: current, error: look.error }, audits, token } : null;
+  const scene: Scene | null = model ? { overview, model, selection, go, choose, look: { value: current, error: look.error }, audits, token } : null;
   return (
     <div class="page" ref={root}>
       <header>
@@ -69,12 +75,12 @@ function Opened(props: { overview: OverviewAnswer; selection: Selection; go: Go;
       <div class={scene && selection.view !== "runs" ? "columns" : "columns alone"}>
         {scene && selection.view !== "runs" ? <Rail scene={scene} /> : null}
         <main aria-label={NAMES[selection.view]}>
-          {selection.view === "runs" ? <Runs selection={selection} go={go} /> : scene ? <Shown scene={scene} onDropped={props.onDropped} /> : <p>Nothing is open.</p>}
+          {selection.view === "runs" ? <Runs selection={selection} go={go} onOpened={overview.opens_runs ? props.onOpened : null} /> : scene ? <Shown scene={scene} onDropped={props.onDropped} /> : <p>Nothing is open.</p>}
         </main>
       </div>
       <details class="keys">
         <summary>Keys</summary>
-        <p><kbd>1</kbd> to <kbd>{views.length}</kbd> views · <kbd>[</kbd> <kbd>]</kbd> layer · <kbd>,</kbd> <kbd>.</kbd> head · <kbd>p</kbd> <kbd>n</kbd> picture · <kbd>m</kbd> model · on the picture, arrows choose a patch, <kbd>Home</kbd> and <kbd>End</kbd> the first and last token. What is chosen stands in the address.</p>
+        <p><kbd>1</kbd> to <kbd>{views.length}</kbd> views · <kbd>[</kbd> <kbd>]</kbd> layer · <kbd>,</kbd> <kbd>.</kbd> head · <kbd>p</kbd> <kbd>n</kbd> {called(model).one} · <kbd>m</kbd> model · on the {called(model).one}, arrows choose a {called(model).token}, <kbd>Home</kbd> and <kbd>End</kbd> the first and last token. What is chosen stands in the address.</p>
       </details>
     </div>
   );
@@ -128,32 +134,33 @@ function useAudits(overview: OverviewAnswer): Asked<AuditAnswer>[] {
     })();
     return () => { wanted = false; };
   }, [overview.models.length]);
-  return audits;
+  return overview.models.map((_, m) => audits[m] ?? { value: null, error: null });
 }
 
-function useKeys(root: { current: HTMLElement | null }, overview: OverviewAnswer, selection: Selection, model: Model | undefined, go: Go, views: View[]): void {
+/** Keys are read by what is chosen when they are pressed: what is drawn, and with it any effect, comes later. */
+function useKeys(root: { current: HTMLElement | null }, overview: OverviewAnswer, go: Go, views: View[]): void {
   useEffect(() => {
     const press = (event: KeyboardEvent): void => {
       const target = event.target as HTMLElement;
       if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented || /^(INPUT|SELECT|TEXTAREA)$/.test(target.tagName)) return;
       if (embedded() && !root.current?.contains(target)) return; // in a report, only where the reader is in this part of it
-      const heads = model?.steps.find((step) => step.layer === selection.layer && step.heads)?.heads ?? 1;
       const inputs = overview.inputs.map((input) => input.id);
-      const at = inputs.indexOf(selection.input ?? -1);
-      const turn = (by: number): Partial<Selection> => ({ input: inputs[(at + by + inputs.length) % inputs.length] ?? null });
-      const changes: Record<string, () => Partial<Selection>> = {
-        "[": () => ({ layer: Math.max(1, selection.layer - 1) }),
-        "]": () => ({ layer: Math.min(model?.depth ?? 1, selection.layer + 1) }),
-        ",": () => ({ head: Math.max(1, Math.min(selection.head, heads) - 1) }),
-        ".": () => ({ head: Math.min(heads, selection.head + 1) }),
-        p: () => turn(-1),
-        n: () => turn(1),
-        m: () => ({ model: (selection.model + 1) % Math.max(1, overview.models.length), token: null, atom: null }),
+      const turn = (now: Selection, by: number): Change => ({ input: inputs[(inputs.indexOf(now.input ?? -1) + by + inputs.length) % inputs.length] ?? null });
+      const depth = (now: Selection): number => overview.models[now.model]?.depth ?? 1;
+      const heads = (now: Selection): number => overview.models[now.model]?.steps.find((step) => step.layer === now.layer && step.heads)?.heads ?? 1;
+      const changes: Record<string, (now: Selection) => Change> = {
+        "[": (now) => ({ layer: Math.max(1, now.layer - 1) }),
+        "]": (now) => ({ layer: Math.min(depth(now), now.layer + 1) }),
+        ",": (now) => ({ head: Math.max(1, Math.min(now.head, heads(now)) - 1) }),
+        ".": (now) => ({ head: Math.min(heads(now), now.head + 1) }),
+        p: (now) => turn(now, -1),
+        n: (now) => turn(now, 1),
+        m: (now) => ({ model: (now.model + 1) % Math.max(1, overview.models.length), token: null, atom: null }),
         ...Object.fromEntries(views.map((view, i) => [String(i + 1), () => ({ view })])),
       };
       if (!(event.key in changes)) return;
       event.preventDefault();
-      go(changes[event.key]());
+      go((now) => changes[event.key](settled(now, overview, views)));
     };
     addEventListener("keydown", press);
     return () => removeEventListener("keydown", press);
@@ -162,8 +169,9 @@ function useKeys(root: { current: HTMLElement | null }, overview: OverviewAnswer
 
 /** What is looked at, beside every view: model, picture, layer, head, token. */
 function Rail({ scene }: { scene: Scene }): JSX.Element {
-  const { overview, model, selection, go, look, token } = scene;
+  const { overview, model, selection, go, choose, look, token } = scene;
   const seen = look.value;
+  const name = called(model);
   const layer = selection.layer;
   const heads = model.steps.find((step) => step.layer === layer && step.heads)?.heads ?? 0;
   const head = Math.max(1, Math.min(selection.head, heads));
@@ -181,24 +189,32 @@ function Rail({ scene }: { scene: Scene }): JSX.Element {
       ) : null}
       <div class="who">
         {seen && input ? (
-          <Tokens look={seen} token={token} onToken={(t) => go({ token: t })} side={narrow ? 150 : 220} name="The picture" />
-        ) : look.error ? <p class="warn" role="alert">{look.error}</p> : selection.input === null ? <p class="note">No picture yet{overview.takes_inputs ? ": drop one in under Data" : ""}.</p> : <p class="quiet">Looking …</p>}
+          <Tokens look={seen} token={token} onToken={choose} side={narrow ? 150 : 220} name={`The ${name.one}`} />
+        ) : look.error ? <p class="warn" role="alert">{look.error}</p> : selection.input === null ? <p class="note">No {name.one} yet{overview.takes_inputs ? `: ${model.reads === "text" ? "type" : "drop"} one in under Data` : ""}.</p> : <p class="quiet">Looking …</p>}
         <div class="controls">
           {seen && input ? <p class="caption" aria-live="polite">
             {tokenName(token, seen.prefix, seen.grid, seen.words)}
             <span class="quiet">{clip(input.name, 40)}{input.label ? ` · is ${clip(input.label, 30)}` : ""}{guess ? ` · seen as ${clip(guess.name, 30)}, ${percent(guess.share)}` : ""}</span>
+            {seen.lens ? <span class="quiet">{model.causal ? "then" : "here"} {says(seen, token)}</span> : null}
           </p> : null}
           <Stepper name="Layer" value={layer} most={model.depth} onChange={(value) => go({ layer: value })} />
           {heads > 1 ? <Stepper name={model.white ? "Subspace" : "Head"} value={head} most={heads} onChange={(value) => go({ head: value })} /> : null}
         </div>
       </div>
-      <div class="strip inputs" role="group" aria-label="Pictures">
+      <div class="strip inputs" role="group" aria-label={model.reads === "text" ? "Passages" : "Pictures"}>
         {overview.inputs.map((each) => (
           <button type="button" key={each.id} aria-pressed={each.id === selection.input} title={each.name} onClick={() => go({ input: each.id })}><Face input={each} side={34} /></button>
         ))}
       </div>
     </aside>
   );
+}
+
+/** What the model holds for likeliest at a place. */
+function says(look: Look, token: number): string {
+  const lens = look.lens as NonNullable<Look["lens"]>;
+  const last = lens.likeliest.shape[0] - 1;
+  return `“${shown(lens.words[row(lens.likeliest, last, token)[0]])}”, ${percent(row(lens.chances, last, token)[0])}`;
 }
 
 function Stepper(props: { name: string; value: number; most: number; onChange: (value: number) => void }): JSX.Element {

@@ -1,12 +1,12 @@
 /** What views are made of: a canvas that redraws, a picture whose patches can be chosen, charts, matrices. */
 
-import type { ComponentChildren, JSX } from "preact";
+import { Fragment, type ComponentChildren, type JSX } from "preact";
 import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import uPlot from "uplot";
 import type { LayerSeen, Look } from "./answers";
 import { css, drawBars, drawMatrix, drawPatch, drawPicture, drawScatter, palette, type Overlay, type Point } from "./draw";
 import type { Tensor } from "./packed";
-import { clip, number, plain, tokenName } from "./words";
+import { clip, number, plain, shown, tokenName, visible } from "./words";
 
 /** Counts how often light became dark or the other way around: what is drawn by hand must be drawn again. */
 export function useScheme(): number {
@@ -86,11 +86,54 @@ export function Drawn(props: {
   );
 }
 
+const ENDS = /[\n\u200b]+$/;
+
+/** A passage word by word, shaded by one value for each; words can be chosen where it says so. */
+export function Passage(props: {
+  words: string[];
+  values?: ArrayLike<number> | null;
+  top?: number;
+  chosen?: number | null;
+  onChoose?: (index: number) => void;
+  format?: (value: number) => string;
+}): JSX.Element {
+  const { words, values, chosen, onChoose, format } = props;
+  const holder = useRef<HTMLDivElement>(null);
+  const scheme = useScheme();
+  const top = props.top ?? largest(values ?? []);
+  useLayoutEffect(() => {
+    const element = holder.current;
+    if (!element) return;
+    const colors = palette(element);
+    for (let i = 0; i < element.children.length; i++) {
+      const share = values && top > 0 && Number.isFinite(values[i]) ? Math.max(-1, Math.min(1, values[i] / top)) : 0;
+      // Set on the element, as a policy without inline styles allows.
+      (element.children[i] as HTMLElement).style.background = share ? css(share < 0 ? colors.accent : colors.heat, 0.6 * Math.abs(share)) : "";
+    }
+  }, [words, values, top, scheme]);
+  const choose = (event: MouseEvent): void => {
+    const index = (event.target as HTMLElement).dataset?.i;
+    if (index !== undefined) onChoose?.(Number(index));
+  };
+  return (
+    <div class={onChoose ? "passage pick" : "passage"} ref={holder} onClick={onChoose ? choose : undefined}>
+      {words.map((word, i) => (
+        // What ends a line stands behind the word, so that a frame around it stays in one line.
+        <Fragment key={i}>
+          <span data-i={i} class={i === chosen ? "word chosen" : "word"} title={values && format ? `${shown(word)}: ${format(values[i])}` : undefined}>{visible(word).replace(ENDS, "")}</span>
+          {ENDS.exec(visible(word))?.[0] ?? ""}
+        </Fragment>
+      ))}
+    </div>
+  );
+}
+
 /** The tokens of an input, one of which is chosen: patches over the picture, or words. */
 export function Tokens(props: {
   look: Look;
   token: number;
-  onToken: (token: number) => void;
+  /** A token, or how the chosen one moves: keys may come faster than what they choose is drawn. */
+  onToken: (token: number | ((now: number) => number)) => void;
   side: number;
   /** One value for each token. */
   values?: ArrayLike<number> | null;
@@ -108,24 +151,21 @@ export function Tokens(props: {
     const columns = look.grid ? look.grid[1] : 1;
     const moves: Record<string, number> = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns };
     const home: Record<string, number> = { Home: 0, End: total - 1 };
-    let next = event.key in home ? home[event.key] : event.key in moves ? token + moves[event.key] : null;
-    if (next === null) return;
+    if (!(event.key in home || event.key in moves)) return;
     event.preventDefault();
-    if (event.key === "ArrowDown" && token < prefix) next = prefix;
-    if (event.key === "ArrowUp" && token >= prefix && token - prefix < columns) next = Math.max(0, prefix - 1);
-    if (next >= 0 && next < total) onToken(next);
+    onToken((now) => {
+      let next = event.key in home ? home[event.key] : now + moves[event.key];
+      if (event.key === "ArrowDown" && now < prefix) next = prefix;
+      if (event.key === "ArrowUp" && now >= prefix && now - prefix < columns) next = Math.max(0, prefix - 1);
+      return next >= 0 && next < total ? next : now;
+    });
   };
   const group = { tabIndex: 0, role: "application", "aria-label": `${props.name}; ${here}. Arrow keys choose another`, onKeyDown: keys } as const;
   if (!look.pixels || !look.grid) {
-    const shown = look.words ?? Array.from({ length: total }, (_, i) => String(i + 1));
+    const words = look.words ?? Array.from({ length: total }, (_, i) => String(i + 1));
     return (
       <div class="words" {...group}>
-        {shown.map((word, i) => (
-          <span key={i} class={i === token ? "word chosen" : "word"} onClick={() => onToken(i)}>
-            <Shade share={values && top > 0 ? values[i] / top : 0} />
-            {word}
-          </span>
-        ))}
+        <Passage words={words} values={values} top={top} chosen={token} onChoose={onToken} format={props.format} />
       </div>
     );
   }
@@ -211,6 +251,10 @@ export function MiniMap(props: {
         drawPicture(canvas, pixels, { width: side, height, grid: look.grid, overlay, selected });
       }}
     />
+  ) : look.words ? (
+    <div role="img" aria-label={props.said || props.title}>
+      <Passage words={look.words} values={values} top={top} chosen={props.selected} format={props.format} />
+    </div>
   ) : (
     <Drawn label={props.said || props.title} on={[values, top, side]}
       draw={(canvas) => drawMatrix(canvas, { rows: 1, columns: values.length, value: (_, i) => values[i], top, width: side, height: 20 })} />
@@ -219,7 +263,7 @@ export function MiniMap(props: {
   return props.onChoose ? (
     <button type="button" class="mini" aria-pressed={props.chosen} onClick={props.onChoose} title={props.said}>{body}{name}</button>
   ) : (
-    <div class="mini" title={props.said}>{body}{name}</div>
+    <div class={look.words ? "mini text" : "mini"} title={look.words ? undefined : props.said}>{body}{name}</div>
   );
 }
 
@@ -381,16 +425,19 @@ export function Matrix(props: {
   numbers?: boolean;
   label: string;
   most?: number;
+  /** Pixels that a row is high at least, where cells need not be square. */
+  least?: number;
   on: unknown;
 }): JSX.Element {
   const [holder, width] = useWidth<HTMLDivElement>();
   const side = Math.min(width, props.most ?? 330);
+  const height = Math.round(Math.max((side * props.rows) / props.columns, props.rows * (props.least ?? 0)));
   return (
     <div ref={holder}>
       <Drawn
         label={props.label}
         on={[props.on, props.row, side]}
-        draw={(canvas) => drawMatrix(canvas, { ...props, width: side, height: Math.round((side * props.rows) / props.columns) })}
+        draw={(canvas) => drawMatrix(canvas, { ...props, width: side, height })}
         onPoint={props.onRow && ((x, y) => props.onRow?.(Math.min(props.rows - 1, Math.floor(y * props.rows)), Math.min(props.columns - 1, Math.floor(x * props.columns))))}
       />
     </div>

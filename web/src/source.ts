@@ -60,6 +60,24 @@ export async function drop(file: File): Promise<number> {
   return ((await response.json()) as { input: number }).input;
 }
 
+/** Sends a text; the number under which it can be looked at. */
+export async function type(text: string): Promise<number> {
+  const response = await fetch("api/inputs", {
+    method: "POST",
+    headers: { "content-type": "application/json" },
+    body: JSON.stringify({ text }),
+  });
+  if (!response.ok) throw new Error(await reason(response));
+  return ((await response.json()) as { input: number }).input;
+}
+
+/** Opens a run of the folder; the number of its model. */
+export async function open(run: string): Promise<number> {
+  const response = await fetch(`api/runs/${run}`, { method: "POST", headers: { "content-type": "application/json" }, body: "{}" });
+  if (!response.ok) throw new Error(await reason(response));
+  return ((await response.json()) as { model: number }).model;
+}
+
 export interface Asked<T> {
   value: T | null;
   error: string | null;

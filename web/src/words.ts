@@ -51,9 +51,22 @@ export function clip(text: string, most: number): string {
   return `${text.slice(0, most - 1 - tail)}…${text.slice(text.length - tail)}`;
 }
 
+/** A word as it can be seen: spaces, ends of lines and whatever does not print have signs. */
+export function visible(word: string): string {
+  return word.replace(/[\s\p{Cc}\p{Cf}]/gu, (sign) => {
+    if (sign === " ") return "·\u200b"; // a line may end here
+    if (sign === "\n") return "↵\n";
+    if (sign === "\t") return "⇥\u200b";
+    return `\\u{${(sign.codePointAt(0) as number).toString(16)}}`;
+  });
+}
+
+/** The same in one line. */
+export const shown = (word: string): string => visible(word).replace(/[\n\u200b]/g, "");
+
 /** What a token is called. */
 export function tokenName(token: number, prefix: string[], grid: [number, number] | null, words: string[] | null): string {
-  if (words) return `“${words[token] ?? "?"}” (${token + 1})`;
+  if (words) return `“${shown(words[token] ?? "?")}” (word ${token + 1})`;
   if (token < prefix.length) return prefix[token] === "class" ? "the class token" : prefix[token];
   const patch = token - prefix.length;
   return grid ? `patch in row ${Math.floor(patch / grid[1]) + 1}, column ${(patch % grid[1]) + 1}` : `token ${token + 1}`;

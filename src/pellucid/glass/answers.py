@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pellucid import __version__
-from pellucid.data import ImageData, View
+from pellucid.data import ImageData, TextData, Tokenizer, View, Windows, show_name
 from pellucid.errors import ConfigError
+from pellucid.glass import worded
 from pellucid.glass.bundle import AUDIT_IMAGES, facts, label
 from pellucid.glass.feed import batches, eval_view
+from pellucid.glass.language import text_facts, text_label, windows_of
 from pellucid.glass.packed import pack
 from pellucid.glass.shelf import Shelf
 from pellucid.glass.unlabelled import some_of
@@ -45,6 +48,9 @@ GALLERY_IMAGES = 64
 GALLERY_SIDE = 96
 SMALL = 64
 GUESSES = 5
+MAX_OPEN = 8
+"""Models that may be open at the same time."""
+
 MAX_DROPPED = 32
 """Inputs that were dropped in and are still there; the oldest goes first."""
 
@@ -55,20 +61,19 @@ class NotThere(LookupError):
 
 @dataclass(frozen=True)
 class Input:
-    """Something to look at: a picture, or a text cut into words.
+    """Something to look at: a picture, or a passage of text.
 
     Attributes:
         name: what to call it.
         label: its class, where one is known.
         picture: uint8 ``(c, h, w)``.
-        words: of a text, as shown; ``ids`` are their numbers.
+        passage: in place of a picture.
     """
 
     name: str
     label: str | None = None
     picture: Tensor | None = None
-    words: Sequence[str] = ()
-    ids: Sequence[int] = ()
+    passage: worded.Passage | None = None
 
     @property
     def kind(self) -> str:
@@ -82,16 +87,20 @@ class Subject:
     Attributes:
         model: in eval mode.
         name: of its architecture.
-        data: images to audit it on, with the name of their set; None leaves out audit and atoms.
+        data: images or texts to audit it on; None leaves out audit and atoms.
         about: whatever else is known of it, such as ``accuracy`` and ``seconds``.
-        speak: of a language model, the word of a number.
+        tokenizer: of a language model, what makes words of text; always there.
+        windows: of a language model, the rows of ``data`` that it is audited on.
+        folder: of the run that it is the model of.
     """
 
     model: Any
     name: str
-    data: ImageData | None = None
+    data: ImageData | TextData | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
-    speak: Callable[[int], str] | None = None
+    tokenizer: Tokenizer | None = None
+    windows: Windows | None = None
+    folder: Path | None = None
 
     @property
     def view(self) -> View:
@@ -100,6 +109,15 @@ class Subject:
     @property
     def reads(self) -> str:
         return "text" if isinstance(self.model, LanguageModel) else "image"
+
+    @property
+    def classes(self) -> list[str]:
+        """What it tells apart; none where it gives features, or words."""
+        model = self.model
+        if self.reads == "image":
+            return list(model.pretrained_cfg.get("label_names") or map(str, range(model.num_classes)))
+        known = 0 if model.classifier is None else model.classifier.out_features
+        return list(model.label_names) or list(map(str, range(known)))
 
     @property
     def depth(self) -> int:
@@ -113,9 +131,9 @@ class Subject:
         """
         if what.kind != self.reads:
             raise ConfigError(f"{self.name} reads {self.reads}s; {what.name} is of another kind")
-        if what.picture is None:
-            return torch.tensor([list(what.ids)])
-        return self.view.batch([what.picture], [0])
+        if what.picture is not None:
+            return self.view.batch([what.picture], [0])
+        return torch.tensor([list(what.passage.ids if what.passage is not None else ())])
 
 
 class Answers:
@@ -126,9 +144,10 @@ class Answers:
         subjects: the first is what it is about, the others stand beside it.
         inputs: what there is to look at.
         shelf: runs to list.
-        takes_inputs: whether more can be dropped in.
-        audit_limit: images of an audit.
+        takes_inputs: whether more can be dropped in, or typed.
+        audit_limit: images of an audit; rows of text, where it is smaller than what those are held to.
         audits: of a model, where it is measured already.
+        opener: opens another run of the shelf, to stand beside the first model.
     """
 
     def __init__(
@@ -141,18 +160,67 @@ class Answers:
         takes_inputs: bool = False,
         audit_limit: int = AUDIT_IMAGES,
         audits: Mapping[int, Any] | None = None,
+        opener: Callable[[Path], Subject] | None = None,
     ) -> None:
         self.title, self.subjects, self.shelf = title, list(subjects), shelf
         self.inputs: OrderedDict[int, Input] = OrderedDict(enumerate(inputs))
         self.takes_inputs, self.audit_limit = takes_inputs, audit_limit
         self._given = self._next = len(inputs)
-        self._known = dict(audits or {})
+        self._known, self._opener = dict(audits or {}), opener
         self._audits: dict[int, dict[str, Any]] = {}
         self._lock = threading.Lock()
+        self._adding = threading.Lock()  # of its own: who drops something in does not wait for an audit
+        self._opening = threading.Lock()
+
+    @property
+    def takes(self) -> str | None:
+        """The kind of input that can be dropped in: what the first model reads."""
+        return self.subjects[0].reads if self.takes_inputs and self.subjects else None
+
+    @property
+    def opens_runs(self) -> bool:
+        """Whether runs of the shelf can be opened."""
+        return self._opener is not None and self.shelf is not None and bool(self.subjects)
+
+    def open(self, name: str) -> int:
+        """Open a run of the shelf beside the others; the number of its model, which may be open already.
+
+        Raises:
+            NotThere: no such run.
+            ConfigError, CheckpointError: one that cannot be opened, or as many as may be are.
+        """
+        path = None if self.shelf is None else self.shelf.path(name)
+        if path is None:
+            raise NotThere("there is no such run")
+        if self._opener is None or not self.subjects:
+            raise ConfigError(
+                "no model is open that it could stand beside - start pellucid view with that run"
+            )
+        with self._opening:
+            for number, subject in enumerate(self.subjects):
+                if subject.folder is not None and subject.folder.resolve() == path.resolve():
+                    return number
+            if len(self.subjects) >= MAX_OPEN:
+                raise ConfigError(f"{MAX_OPEN} models are open already - start pellucid view with that run")
+            self.subjects.append(self._opener(path))
+            return len(self.subjects) - 1
+
+    def type(self, text: str) -> int:
+        """A passage to look at, in a reader's own words; its number.
+
+        Raises:
+            ConfigError: nothing that can be looked at, and why.
+        """
+        if self.takes != "text":
+            raise ConfigError("no model is open that reads text")
+        subject = self.subjects[0]
+        assert subject.tokenizer is not None
+        passage = worded.typed(subject.model, subject.tokenizer, text)
+        return self.add(Input(_first_words(text), passage=passage))
 
     def add(self, what: Input) -> int:
         """Another input to look at; its number."""
-        with self._lock:
+        with self._adding:
             number = self._next
             self._next += 1
             self.inputs[number] = what
@@ -176,11 +244,13 @@ class Answers:
                     "label": what.label,
                     "kind": what.kind,
                     "thumb": None if what.picture is None else _small(what.picture, SMALL),
+                    "begins": None if what.passage is None else what.passage.begins,
                     "dropped": number >= self._given,
                 }
                 for number, what in list(self.inputs.items())
             ],
             "takes_inputs": self.takes_inputs,
+            "opens_runs": self.opens_runs,
             "has_runs": self.shelf is not None,
         }
 
@@ -208,16 +278,21 @@ class Answers:
             batch = subject.tensor(what)
             path = follow(subject.model, batch)
             guesses = _guesses(subject, batch)
+            lens = None
+            if what.passage is not None:
+                assert subject.tokenizer is not None
+                lens = worded.said(subject.model, subject.tokenizer, what.passage)
         prefix = _prefix(subject.model)
         count = path.norms.shape[1]
         return {
             "model": model,
             "input": number,
             "pixels": None if what.picture is None else _pixels(batch[0], subject.view),
-            "words": list(what.words) if what.picture is None else None,
+            "words": None if what.passage is None else list(what.passage.words),
             "prefix": prefix,
             "grid": _grid(subject.model, count - len(prefix)) if what.picture is not None else None,
             "guesses": guesses,
+            "lens": lens,
             **vars(path),
         }
 
@@ -279,7 +354,7 @@ class Answers:
             left -= took
             yield from looks.items()
         overview["inputs"] = [shown for shown in overview["inputs"] if shown["id"] in kept]
-        overview["takes_inputs"] = False
+        overview["takes_inputs"] = overview["opens_runs"] = False
         yield "overview", overview
         yield from audits.items()
         if self.shelf is not None:
@@ -324,6 +399,25 @@ def bundle(answers: Answers, *, budget: int | None = None, half: bool = False) -
     return pack({"format": FORMAT, "answers": answers.all(budget=budget, half=half)}, half=half)
 
 
+def samples_of(subjects: Sequence[Subject]) -> list[Input]:
+    """What of the first one's held-out data there is to look at to begin with."""
+    if not subjects:
+        return []
+    data = subjects[0].data
+    return sample_inputs(data) if isinstance(data, ImageData) else sample_passages(subjects)
+
+
+def sample_passages(subjects: Sequence[Subject]) -> list[Input]:
+    """Beginnings of held-out rows to begin with, no longer than any of these models reads."""
+    first = subjects[0]
+    if first.windows is None or first.data is None:
+        return []
+    context = min(subject.model.context for subject in subjects)
+    names = first.data.class_names
+    found = worded.held_out(first.model, first.windows, context)
+    return [Input(name, names[k] if 0 <= k < len(names) else None, passage=each) for name, k, each in found]
+
+
 def sample_inputs(data: ImageData, count: int = SAMPLES) -> list[Input]:
     """Test images to begin with: one of each of the first classes, without labels evenly spaced ones."""
     names, images = data.class_names, data.test
@@ -341,19 +435,21 @@ def _about(subject: Subject) -> dict[str, Any]:
     grid = getattr(embedding(model), "grid_size", None) if reads_images else None
     return {
         "name": subject.name,
-        "label": label(model),
+        "label": label(model) if reads_images else text_label(model),
         "reads": subject.reads,
         "white": is_white_box(model),
         "parameters": sum(p.numel() for p in model.parameters()),
         "depth": subject.depth,
-        "facts": facts(model) if reads_images else [],
-        "classes": _classes(model) if reads_images else [],
+        "facts": facts(model) if reads_images else text_facts(model),
+        "causal": not reads_images and model.causal,
+        "classes": subject.classes,
         "grid": None if grid is None else list(grid),
         "prefix": _prefix(model),
         "steps": steps_of(model),
-        "audited": subject.data is not None,
+        "audited": subject.data is not None if reads_images else subject.windows is not None,
         "data": None if subject.data is None else subject.data.name,
         "accuracy": None,
+        "bits_per_byte": None,
         "seconds": None,
         "fresh": False,
         **subject.about,
@@ -361,7 +457,10 @@ def _about(subject: Subject) -> dict[str, Any]:
 
 
 def _audited(subject: Subject, limit: int, known: Any = None) -> dict[str, Any]:
-    if subject.data is None:
+    if isinstance(subject.data, TextData) and subject.windows is not None:
+        rows = min(limit, worded.AUDITED_WORDS // subject.model.context)
+        return worded.audited(subject.model, subject.windows, subject.data, max(2, rows), known)
+    if not isinstance(subject.data, ImageData):
         return {"audit": None, "atoms": {}, "gallery": []}
     model, images = subject.model, subject.data.test
     small = max(subject.view.img_size) <= SMALL
@@ -387,7 +486,7 @@ def _audited(subject: Subject, limit: int, known: Any = None) -> dict[str, Any]:
 
 
 def _gallery_item(subject: Subject, i: int) -> dict[str, Any]:
-    assert subject.data is not None
+    assert isinstance(subject.data, ImageData)
     images, view = subject.data.test, subject.view
     picture = view.fitted([images.image(i)])[0]
     known = images.labels[i] >= 0
@@ -399,28 +498,21 @@ def _gallery_item(subject: Subject, i: int) -> dict[str, Any]:
 
 
 def _guesses(subject: Subject, batch: Tensor) -> list[dict[str, Any]]:
-    """The likeliest classes, or what follows a text."""
-    model = subject.model
+    """The likeliest classes; what a model says of words, ``lens`` tells."""
+    model, names = subject.model, subject.classes
+    if not (model.num_classes if subject.reads == "image" else names):
+        return []
     with torch.no_grad(), in_eval_mode(model):
-        if subject.reads == "image":
-            if not model.num_classes:
-                return []
-            scores = model(batch.to(next(model.parameters()).device))[0]
-            names: Sequence[str] | Callable[[int], str] = _classes(model)
-        else:
-            scores = model(batch.to(next(model.parameters()).device))[0]
-            if scores.ndim == 2:
-                scores = scores[-1]
-            names = str if subject.speak is None else subject.speak
+        scores = model(batch.to(next(model.parameters()).device))[0]
     best = scores.float().softmax(-1).cpu().topk(min(GUESSES, len(scores)))
     return [
-        {"name": names(i) if callable(names) else names[i], "share": share}
+        {"name": names[i], "share": share}
         for share, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     ]
 
 
-def _classes(model: Any) -> list[str]:
-    return list(model.pretrained_cfg.get("label_names") or map(str, range(model.num_classes)))
+def _first_words(text: str) -> str:
+    return show_name(" ".join(text.split())[:40]) or "spaces"
 
 
 def _prefix(model: Any) -> list[str]:
@@ -460,10 +552,24 @@ def _channels_last(picture: Tensor) -> np.ndarray:
     return shown.permute(1, 2, 0).contiguous().numpy()
 
 
-def subject_of(run: Any, data: ImageData | None) -> Subject:
-    """A finished run, opened."""
+def subject_of(run: Any, data: ImageData | TextData | None, tokenizer: Tokenizer | None = None) -> Subject:
+    """A finished run, opened; of one on text with what makes words of text, where ``data`` does not say."""
     about = {"accuracy": run.accuracy, "seconds": run.seconds, "run": run.out.name}
-    return Subject(run.model, run.config.model, data, about)
+    if not isinstance(data, TextData):
+        return Subject(run.model, run.config.model, data, about, tokenizer, folder=run.out)
+    about["bits_per_byte"] = run.measures.get("bits per byte")
+    windows = windows_of(run, data)
+    return Subject(run.model, run.config.model, data, about, data.tokenizer, windows, run.out)
 
 
-__all__ = ["Answers", "Input", "NotThere", "Subject", "bundle", "sample_inputs", "subject_of"]
+__all__ = [
+    "Answers",
+    "Input",
+    "NotThere",
+    "Subject",
+    "bundle",
+    "sample_inputs",
+    "sample_passages",
+    "samples_of",
+    "subject_of",
+]

@@ -137,9 +137,9 @@ def score_held_out(
     )
 
 
-def audit_text(model: LanguageModel, windows: Windows, name: str) -> dict[str, Any]:
-    """The audit on rows of text, evenly spaced, as a dict."""
-    limit = max(4, AUDITED_WORDS // model.context)
+def audit_text(model: LanguageModel, windows: Windows, name: str, rows: int | None = None) -> dict[str, Any]:
+    """The audit on rows of text, evenly spaced, as a dict; on ``rows`` of them where it says so."""
+    limit = max(4, AUDITED_WORDS // model.context) if rows is None else rows
     return audit(model, eval_token_loader(windows, batch_size=8, limit=limit), data=name).to_dict()
 
 

@@ -98,7 +98,7 @@ def render(bundle: dict, inside: bytes | None = None) -> str:
     read = Bundle.read(bundle)
     title = read.fields.text("title", read.subject.label)
     if read.subject.text:
-        return _page(title, text_headline(read), read, TEXT_SECTIONS)
+        return _page(title, text_headline(read), read, TEXT_SECTIONS, inside)
     sections = UNLABELLED_SECTIONS if read.subject.unlabelled else SECTIONS
     return _page(title, headline(read), read, sections, inside)
 
@@ -126,7 +126,7 @@ def _page(
     made: dict[str, tuple[str, Html]] = {}
     for anchor, (name, make) in sections.items():
         if anchor == "data" and inside is not None:
-            made["inside"] = ("look inside", _glass(inside))
+            made["inside"] = ("look inside", _glass(inside, "word" if read.subject.text else "patch"))
         made[anchor] = (name, make(read))
     shown = {anchor: (name, body) for anchor, (name, body) in made.items() if body}
     contents = tag(
@@ -138,10 +138,11 @@ def _page(
     return _document(title, main, interactive=inside is not None)
 
 
-def _glass(inside: bytes) -> Html:
+def _glass(inside: bytes, token: str) -> Html:
     """The page of ``pellucid view`` with its answers, which the browser unpacks itself."""
     lead = (
-        "Click a patch, a head, an atom: this shows what a step does with it. The address keeps the choice."
+        f"Click a {token}, a head, an atom: this shows what a step does with it. The address keeps the "
+        "choice."
     )
     data = base64.b64encode(gzip.compress(inside, 9, mtime=0)).decode("ascii")
     waiting = tag("p", "This part needs a script. Everything else in this report does not.", class_="note")

@@ -23,9 +23,16 @@ from pellucid.glass.answers import Answers, Input, NotThere
 from pellucid.glass.guard import Guard
 from pellucid.glass.opening import Kept
 from pellucid.glass.packed import MEDIA_TYPE, pack
+from pellucid.glass.worded import MOST_BYTES
 
 MAX_UPLOAD = 20 * 2**20
 """Bytes of a picture that is dropped in."""
+
+MAX_TYPED = 4 * MOST_BYTES
+"""The same of a text that is typed: JSON may write a byte of it as six."""
+
+MAX_ASKED = 2**10
+"""The same of a request that says all in its address."""
 
 MAX_UPLOAD_PIXELS = 25_000_000
 UPLOAD_SECONDS = 15.0
@@ -64,12 +71,14 @@ def application(answers: Answers | Kept) -> Starlette:
         return int(request.path_params[name])
 
     async def drop(request: Request) -> Response:
-        if not answers.takes_inputs:
-            raise HTTPException(404, "no model is open that could look at a picture")
+        if answers.takes is None:
+            raise HTTPException(404, "no model is open that could look at it")
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if answers.takes == "text":
+            return await typed(request, kind)
         if kind != "application/octet-stream":
             raise HTTPException(415, "a picture is sent as application/octet-stream")
-        data = await _body(request)
+        data = await _body(request, MAX_UPLOAD)
         if decoding.locked():
             raise HTTPException(429, "other pictures are still being decoded - try again in a moment")
         await decoding.acquire()
@@ -89,6 +98,33 @@ def application(answers: Answers | Kept) -> Starlette:
             raise HTTPException(422, f"rejected: {error.reason}") from None
         name = show_name(request.query_params.get("name", ""))[:100] or "picture"
         return JSONResponse({"input": answers.add(Input(name, picture=picture))}, status_code=201)
+
+    async def typed(request: Request, kind: str) -> Response:
+        if kind != "application/json":
+            raise HTTPException(415, "this model reads text, which is sent as application/json")
+        try:
+            found = json.loads(await _body(request, MAX_TYPED))
+        except (ValueError, RecursionError):
+            raise HTTPException(422, "rejected: this is no JSON") from None
+        if not isinstance(found, dict) or found.keys() != {"text"} or not isinstance(found["text"], str):
+            raise HTTPException(422, 'rejected: expected {"text": "..."} and nothing else')
+        try:
+            number = await run_in_threadpool(answers.type, found["text"])
+        except PellucidError as error:
+            raise HTTPException(422, f"rejected: {error}") from None
+        return JSONResponse({"input": number}, status_code=201)
+
+    async def opened(request: Request) -> Response:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise HTTPException(415, "a request to open a run is sent as application/json")
+        await _body(request, MAX_ASKED)
+        try:
+            return JSONResponse({"model": await run_in_threadpool(answers.open, request.path_params["run"])})
+        except NotThere as error:
+            raise HTTPException(404, str(error)) from error
+        except PellucidError as error:
+            raise HTTPException(422, str(error)) from error
 
     def static(name: str, media_type: str) -> Callable[[Request], Any]:
         content = (STATIC / name).read_bytes()
@@ -111,6 +147,7 @@ def application(answers: Answers | Kept) -> Starlette:
     }
     routes = [Route(path, static(*file)) for path, file in FILES.items()]
     routes += [Route(path, given(ask)) for path, ask in asked.items()]
+    routes.append(Route("/api/runs/{run}", opened, methods=["POST"]))
     routes.append(Route("/api/inputs", drop, methods=["POST"]))
 
     async def described(request: Request) -> Response:
@@ -120,20 +157,20 @@ def application(answers: Answers | Kept) -> Starlette:
     return Starlette(routes=routes, exception_handlers={HTTPException: _in_words, Exception: _fault})
 
 
-async def _body(request: Request) -> bytes:
-    """At most MAX_UPLOAD bytes in at most UPLOAD_SECONDS, whatever the request says of itself."""
-    too_large = f"larger than {MAX_UPLOAD // 2**20} MB"
+async def _body(request: Request, most: int) -> bytes:
+    """At most so many bytes in at most UPLOAD_SECONDS, whatever the request says of itself."""
+    too_large = f"larger than {most // 2**20} MB" if most >= 2**20 else f"larger than {most // 2**10} kB"
     told = request.headers.get("content-length", "0")
     if not told.isdecimal():
         raise HTTPException(400, "content-length is no number")
-    if len(told) > 12 or int(told) > MAX_UPLOAD:
+    if len(told) > 12 or int(told) > most:
         raise HTTPException(413, too_large)
     pieces, size = [], 0
     try:
         async with asyncio.timeout(UPLOAD_SECONDS):
             async for piece in request.stream():
                 size += len(piece)
-                if size > MAX_UPLOAD:
+                if size > most:
                     raise HTTPException(413, too_large)
                 pieces.append(piece)
     except TimeoutError:
@@ -243,11 +280,20 @@ def _described() -> dict[str, Any]:
     model, one = whole("model", "number of a model"), whole("input", "number of an input")
     run = {"name": "run", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
     name = {"name": "name", "in": "query", "schema": {"type": "string"}}
-    picture = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
-    drop = {
-        "summary": "Drop in a picture",
+    text = {
+        "type": "object",
+        "properties": {"text": {"type": "string", "minLength": 1, "maxLength": MOST_BYTES}},
+        "required": ["text"],
+        "additionalProperties": False,
+    }
+    sent = {
+        "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+        "application/json": {"schema": text},
+    }
+    drop: dict[str, Any] = {
+        "summary": "Drop in a picture, or type a text: what the first model reads",
         "parameters": [name],
-        "requestBody": {"required": True, "content": picture},
+        "requestBody": {"required": True, "content": sent},
         "responses": {
             "201": {
                 "description": "its number",
@@ -256,9 +302,21 @@ def _described() -> dict[str, Any]:
             "400": {"description": "the sender went away"},
             "408": {"description": "too slow"},
             "413": {"description": "too large"},
-            "415": {"description": "not sent as bytes"},
+            "415": {"description": "not sent as bytes, or of a text not as JSON"},
             "429": {"description": "too many at once"},
             **refusals,
+        },
+    }
+    opens = {
+        "summary": "Open a run of the folder, to stand beside the others",
+        "parameters": [run],
+        "requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}},
+        "responses": {
+            "200": {
+                "description": "the number of its model",
+                "content": {"application/json": {"schema": {"type": "object"}}},
+            },
+            **{code: told for code, told in drop["responses"].items() if code != "201"},
         },
     }
     return {
@@ -274,7 +332,7 @@ def _described() -> dict[str, Any]:
                 "What one layer does with it", model, one, whole("layer", "from 1")
             ),
             "/api/runs": get("Runs in the folder"),
-            "/api/runs/{run}": get("What a run has logged", run),
+            "/api/runs/{run}": {**get("What a run has logged", run), "post": opens},
             "/api/inputs": {"post": drop},
             "/api/openapi.json": get("This description", media_type="application/json"),
         },

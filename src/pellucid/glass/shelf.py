@@ -46,6 +46,10 @@ class Shelf:
     def names(self) -> list[str]:
         return list(self._found())
 
+    def path(self, name: str) -> Path | None:
+        """Where a run is; None of one that is not there."""
+        return self._found().get(name)
+
     def list(self) -> dict[str, Any]:
         """Every run with its options and where it stands, the latest first."""
         rows = [_row(name, path, self.root) for name, path in self._found().items()]
@@ -53,7 +57,7 @@ class Shelf:
 
     def curves(self, name: str) -> dict[str, Any] | None:
         """What a run has logged so far, columns of training and test lines; None of one that is not there."""
-        path = self._found().get(name)
+        path = self.path(name)
         if path is None:
             return None
         lines = _lines(path / "metrics.jsonl")

@@ -37,6 +37,20 @@ def spelt(tokenizer: Tokenizer, words: Sequence[int]) -> str:
     return "".join(piece.text for piece in pieces(tokenizer, words))
 
 
+def one_by_one(tokenizer: Tokenizer, words: Sequence[int]) -> list[str]:
+    """Each word as text by itself; a part of a character, and what no text has, as it can be shown."""
+    found = []
+    for word in words:
+        text = ""
+        if word not in tokenizer.special:
+            try:
+                text = tokenizer.decode([word]).decode()
+            except UnicodeDecodeError:
+                text = ""
+        found.append(text or tokenizer.piece(word))
+    return found
+
+
 def _character(tokenizer: Tokenizer, words: Sequence[int], at: int) -> tuple[str, int]:
     """The text from ``at`` on that ends where a character ends; empty if there is none."""
     raw = b""

@@ -9,7 +9,7 @@ models that read the same words. Bytes of the text itself are the same for all:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import NormalDist
 from typing import Any, Literal, NamedTuple
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pellucid.errors import ConfigError, DataError, NumericsError
 from pellucid.measure.scores import t_quantile
-from pellucid.measure.watch import Text, inputs_of
+from pellucid.measure.watch import Text, inputs_of, watch
 from pellucid.models.language import LanguageModel
 from pellucid.models.modes import in_eval_mode
 
@@ -77,6 +77,62 @@ def tell(model: LanguageModel, text: Text, likeliest: int = 0) -> Told:
         parts.append((own[:, 0], (nats < own).sum(-1), words, (-least).exp()))
     found = [torch.cat(column) for column in zip(*parts, strict=True)] if parts else []
     return Told(*(_spread(counted, column) for column in found)) if found else _nothing(counted, likeliest)
+
+
+class Lens(NamedTuple):
+    """What a model would say if it ended after each of its L layers; at 0, after none.
+
+    Attributes:
+        likeliest: the ``k`` likeliest words at each place, best first, ``(L + 1, n, k)``.
+        chances: their probabilities, ``(L + 1, n, k)``.
+        own: that of the target, ``(L + 1, n)``; NaN where there is none.
+    """
+
+    likeliest: Int[Tensor, "L n k"]
+    chances: Float[Tensor, "L n k"]
+    own: Float[Tensor, "L n"]
+
+
+@torch.no_grad()
+def lens(
+    model: LanguageModel, ids: Int[Tensor, "1 n"], likeliest: int = 5, targets: Sequence[int] = ()
+) -> Lens:
+    """Read the tokens behind each layer as the model reads its last ones: its norm, then its words.
+
+    The norm and the words were learnt for the last layer. What they make of an earlier one is a guess at
+    what is settled there, not what the layers above read in it (nostalgebraist 2020, "the logit lens").
+
+    Args:
+        model: causal or masked; put in eval mode by whoever asks.
+        ids: one text, on the model's device.
+        likeliest: how many words to name at each place.
+        targets: the word to tell at each place, below zero where there is none; none at all unless given.
+
+    Raises:
+        ConfigError: a model that classifies texts, or several texts.
+        NumericsError: scores that are not finite.
+    """
+    if model.classifier is not None:
+        raise ConfigError("the model gives scores of classes, not of words - look at its classes")
+    if len(ids) != 1:
+        raise ConfigError(f"{len(ids)} texts - look at one at a time")
+    n = ids.shape[1]
+    behind = {0: model.embed(ids, torch.arange(n, device=ids.device)[None])[0]}
+    watch(model, ids, lambda sighting: behind.update({sighting.layer: sighting.tokens[0]}))
+    told = torch.tensor(list(targets) or [-1] * n, device=ids.device)
+    layers = []
+    for tokens in behind.values():
+        parts = []
+        for rows in torch.arange(n, device=ids.device).split(_rows_at_once(model)):
+            scores = model.forward_head(model.norm(tokens[rows])).float()
+            if not bool(scores.isfinite().all()):
+                raise NumericsError("scores hold NaN or infinity - look at the model's weights")
+            chances = scores.softmax(-1)
+            best, words = chances.topk(min(likeliest, chances.shape[-1]), -1)
+            own = chances.gather(-1, told[rows, None].clamp_min(0))[:, 0]
+            parts.append((words.cpu(), best.cpu(), own.masked_fill(told[rows] < 0, torch.nan).cpu()))
+        layers.append([torch.cat(column) for column in zip(*parts, strict=True)])
+    return Lens(*(torch.stack(column) for column in zip(*layers, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,21 @@ import type { JSX } from "preact";
 import { useRef, useState } from "preact/hooks";
 import type { Input, Look } from "../answers";
 import { Thumb, Waiting } from "../parts";
-import { drop, useAnswer } from "../source";
-import { clip, percent } from "../words";
-import type { Scene } from "./shared";
+import { drop, type as send, useAnswer } from "../source";
+import { clip, percent, shown } from "../words";
+import { row } from "../parts";
+import { called, type Scene } from "./shared";
 
 export function Data(props: Scene & { onDropped: (input: number) => void }): JSX.Element {
-  const { overview, selection, go } = props;
+  const { overview, selection, go, model } = props;
+  const text = model.reads === "text";
+  const name = called(model);
   const chosen = overview.inputs.find((input) => input.id === selection.input) ?? null;
   return (
     <>
-      <h2>What it sees</h2>
-      <p class="lead">Choose a picture{overview.takes_inputs ? ", or drop in one of your own" : ""}; every other view then shows what becomes of it.</p>
-      {overview.takes_inputs ? <Door onDropped={props.onDropped} /> : <p class="note">Others can be dropped in where the model itself is open: pellucid view, with the run.</p>}
+      <h2>What it {text ? "reads" : "sees"}</h2>
+      <p class="lead">Choose a {name.one}{overview.takes_inputs ? `, or ${text ? "type" : "drop in"} one of your own` : ""}; every other view then shows what becomes of it.</p>
+      {overview.takes_inputs ? text ? <Desk masked={!model.causal} onDropped={props.onDropped} /> : <Door onDropped={props.onDropped} /> : <p class="note">Others can be {text ? "typed" : "dropped in"} where the model itself is open: pellucid view, with the run.</p>}
       {chosen ? (
         <div class="cards">
           {overview.models.map((model, m) => (
@@ -27,28 +30,29 @@ export function Data(props: Scene & { onDropped: (input: number) => void }): JSX
         </div>
       ) : null}
       {overview.inputs.length ? (
-        <div class="gallery" role="group" aria-label="Pictures">
+        <div class={text ? "gallery texts" : "gallery"} role="group" aria-label={text ? "Passages" : "Pictures"}>
           {overview.inputs.map((input) => (
             <button type="button" key={input.id} aria-pressed={input.id === selection.input} onClick={() => go({ input: input.id, token: null })}>
-              <Face input={input} side={72} />
-              <span class="name">{clip(input.label ?? input.name, 22)}</span>
-              <span class="quiet">{input.label ? clip(input.name, 22) : input.dropped ? "dropped in" : ""}</span>
+              <Face input={input} side={72} long />
+              <span class="name">{text ? input.label : clip(input.label ?? input.name, 22)}</span>
+              <span class="quiet">{input.dropped ? text ? "typed" : "dropped in" : text ? clip(input.name, 44) : input.label ? clip(input.name, 22) : ""}</span>
             </button>
           ))}
         </div>
-      ) : <p>There is no picture yet.</p>}
+      ) : <p>There is no {name.one} yet.</p>}
     </>
   );
 }
 
-export function Face(props: { input: Input; side: number }): JSX.Element {
+export function Face(props: { input: Input; side: number; long?: boolean }): JSX.Element {
   const { input } = props;
-  return input.thumb ? <Thumb pixels={input.thumb} label={input.name} side={props.side} /> : <span class="text">{clip(input.name, 16)}</span>;
+  return input.thumb ? <Thumb pixels={input.thumb} label={input.name} side={props.side} /> : <span class="text">{shown(input.begins ?? input.name).slice(0, props.long ? 60 : 22)}…</span>;
 }
 
 function Guesses(props: { question: string; label: string | null }): JSX.Element {
   const { value, error } = useAnswer<Look>(props.question);
   if (!value) return <Waiting error={error} what="Looking" />;
+  if (value.lens) return <Says look={value} place={value.norms.shape[1] - 1} />;
   if (!value.guesses.length) return <p class="note">It has no classifier, it gives features.</p>;
   const right = props.label === null ? null : value.guesses[0].name === props.label;
   return (
@@ -62,6 +66,52 @@ function Guesses(props: { question: string; label: string | null }): JSX.Element
         ))}
       </ol>
     </>
+  );
+}
+
+/** What a model holds for likeliest at a place, behind its last layer. */
+export function Says(props: { look: Look; place: number }): JSX.Element {
+  const lens = props.look.lens as NonNullable<Look["lens"]>;
+  const last = lens.likeliest.shape[0] - 1;
+  const chances = row(lens.chances, last, props.place);
+  return (
+    <>
+      <p>goes on with</p>
+      <ol class="guesses">
+        {Array.from(row(lens.likeliest, last, props.place)).map((word, k) => {
+          const name = shown(lens.words[word]);
+          return <li key={k}><span class="what">{clip(name, 24)}</span><meter min={0} max={1} value={chances[k]} aria-label={`${name}, ${percent(chances[k])}`} /><span class="n">{percent(chances[k])}</span></li>;
+        })}
+      </ol>
+    </>
+  );
+}
+
+/** Where a text is typed. */
+function Desk(props: { masked: boolean; onDropped: (input: number) => void }): JSX.Element {
+  const [state, setState] = useState<{ busy: boolean; said: string }>({ busy: false, said: "" });
+  const field = useRef<HTMLTextAreaElement>(null);
+  const take = async (): Promise<void> => {
+    const text = field.current?.value ?? "";
+    setState({ busy: true, said: "Reading it" });
+    try {
+      const input = await send(text);
+      setState({ busy: false, said: "It is open" });
+      props.onDropped(input);
+    } catch (error) {
+      setState({ busy: false, said: (error as Error).message });
+    }
+  };
+  return (
+    <form class="door" onSubmit={(event) => { event.preventDefault(); void take(); }}>
+      <label>
+        <span>Type a passage{props.masked ? "; <|mask|> stands for a word that it is to tell" : ""}</span>
+        <textarea ref={field} rows={3} maxLength={16384} spellcheck={false}
+          onKeyDown={(event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); void take(); } }} />
+      </label>
+      <p><button type="submit" disabled={state.busy}>look into it</button></p>
+      <p role="status">{state.said}</p>
+    </form>
   );
 }
 

@@ -7,7 +7,7 @@ import { Bars, Figure, Matrix, MiniMap, row, Scatter, Tokens, Waiting, useWidth 
 import type { Tensor } from "../packed";
 import { useAnswer } from "../source";
 import { number, percent, plural, tokenName } from "../words";
-import type { Scene } from "./shared";
+import { called, type Scene } from "./shared";
 
 export function Head(scene: Scene): JSX.Element {
   const { model, selection, look } = scene;
@@ -28,15 +28,17 @@ export function Head(scene: Scene): JSX.Element {
 
 function Inside(props: { scene: Scene; look: Look; seen: LayerSeen; head: number; layer: number }): JSX.Element {
   const { scene, look, seen, head, layer } = props;
-  const { go, token, model } = scene;
+  const { go, choose, token, model } = scene;
+  const kind = called(model);
   const [holder, width] = useWidth<HTMLDivElement>();
   const weights = seen.attention ?? null;
   const heads = (weights ?? seen.membership ?? seen.energy)?.shape[0] ?? 0;
   const values = weights && head <= heads ? row(weights, head - 1, token) : seen.membership ? row(seen.membership, head - 1) : null;
   const name = (t: number): string => tokenName(t, look.prefix, look.grid, look.words);
-  const said = weights && values ? reading(values, token, name) : "";
+  const among = model.causal ? token + 1 : look.norms.shape[1];
+  const said = weights && values ? reading(values, token, name, among) : "";
   const lead = weights
-    ? "Choose a patch: the colours show how much of every token it takes in, in this head. A row sums to one."
+    ? `Choose a ${kind.token}: the colours show how much of every ${kind.token === "word" ? "word before it" : "token"} it takes in, in this head. A row sums to one.`
     : seen.membership
       ? "This model compares no tokens. The colours show how much each token belongs to this head; over all heads it sums to one."
       : seen.projection
@@ -48,8 +50,8 @@ function Inside(props: { scene: Scene; look: Look; seen: LayerSeen; head: number
       <p class="lead">{lead}</p>
       <div class="beside" ref={holder}>
         {values ? (
-          <div>
-            <Tokens look={look} token={token} onToken={(t) => go({ token: t })} side={Math.min(360, width)} values={values} format={percent}
+          <div class="main">
+            <Tokens look={look} token={token} onToken={choose} side={Math.min(360, width)} values={values} format={percent}
               name={`What ${name(token)} reads in head ${head} of layer ${layer}`} said={said} />
             <p class="said" aria-live="polite">{said || `Head ${head} holds ${percent(values[token])} of ${name(token)}.`}</p>
           </div>
@@ -61,13 +63,18 @@ function Inside(props: { scene: Scene; look: Look; seen: LayerSeen; head: number
           </Figure>
         ) : null}
       </div>
-      {heads > 1 && sample(0) ? (
+      {heads > 1 && sample(0) && look.words ? (
+        <Figure wide title="The same in every head" text="One row for each head, one column for each word. Click a row to choose that head.">
+          <Matrix rows={heads} columns={look.words.length} value={(h, i) => (sample(h) as ArrayLike<number>)[i]} top={maximumOf(heads, sample)} row={head - 1} most={900} least={14}
+            on={[weights, token].join()} onRow={(h, i) => go({ head: h + 1, ...(weights ? {} : { token: i }) })} label={`What ${name(token)} reads in each of ${heads} heads`} />
+        </Figure>
+      ) : heads > 1 && sample(0) ? (
         <>
           <h3 class="group">The same in every head</h3>
           <div class="minis" role="group" aria-label="Heads">
             {Array.from({ length: heads }, (_, h) => (
               <MiniMap key={h} look={look} values={sample(h) as ArrayLike<number>} title={`head ${h + 1}`} chosen={h + 1 === head} selected={token} side={82}
-                onChoose={() => go({ head: h + 1 })} said={weights ? `Head ${h + 1}: ${reading(row(weights, h, token), token, name)}` : `Head ${h + 1}`} />
+                onChoose={() => go({ head: h + 1 })} said={weights ? `Head ${h + 1}: ${reading(row(weights, h, token), token, name, among)}` : `Head ${h + 1}`} />
             ))}
           </div>
         </>
@@ -106,7 +113,7 @@ function Projection(props: { scene: Scene; look: Look; head: number; layer: numb
           <Bars values={coordinates} chosen={null} label={`Coordinates: ${Array.from(coordinates).map((v) => number(v, 2)).join(", ")}`} />
         </Figure>
         {p > 1 ? (
-          <Figure title="All tokens in this subspace" text="On the two directions in which they differ most; squares stand in front of the patches. Click one to choose it.">
+          <Figure title="All tokens in this subspace" text={`On the two directions in which they differ most${look.prefix.length ? "; squares stand in front of the patches" : ""}. Click one to choose it.`}>
             <Scatter points={points} chosen={token} special={look.prefix.length} on={[points]} onChoose={(t) => go({ token: t })} label={`${n} tokens in subspace ${head}`} />
           </Figure>
         ) : null}
@@ -116,7 +123,7 @@ function Projection(props: { scene: Scene; look: Look; head: number; layer: numb
 }
 
 /** A row of attention in words. */
-export function reading(values: ArrayLike<number>, token: number, name: (t: number) => string): string {
+export function reading(values: ArrayLike<number>, token: number, name: (t: number) => string, among: number): string {
   let [best, entropy] = [0, 0];
   for (let i = 0; i < values.length; i++) {
     if (values[i] > values[best]) best = i;
@@ -125,7 +132,13 @@ export function reading(values: ArrayLike<number>, token: number, name: (t: numb
   const most = best === token ? "itself" : name(best);
   const self = best === token ? "" : `, ${percent(values[token])} from itself`;
   const first = name(token);
-  return `${first[0].toUpperCase()}${first.slice(1)} reads ${percent(values[best])} from ${most}${self}; as much as evenly from ${number(Math.exp(entropy), 2)} of ${values.length} tokens.`;
+  return `${first[0].toUpperCase()}${first.slice(1)} reads ${percent(values[best])} from ${most}${self}; as much as evenly from ${number(Math.exp(entropy), 2)} of ${plural(among, "token")}.`;
+}
+
+function maximumOf(heads: number, sample: (head: number) => ArrayLike<number> | null): number {
+  let top = 0;
+  for (let h = 0; h < heads; h++) for (const value of Array.from(sample(h) ?? [])) if (value > top) top = value;
+  return top;
 }
 
 function maximum(tensor: Tensor, head: number): number {

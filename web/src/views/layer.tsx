@@ -7,10 +7,11 @@ import { Chart, Figure, Matrix, MiniMap, row, Waiting } from "../parts";
 import type { Tensor } from "../packed";
 import { number, percent, plain, plural, tokenName } from "../words";
 import { Formula } from "./overview";
-import { STEPS, type Scene } from "./shared";
+import { called, STEPS, type Scene } from "./shared";
 
 export function Layer(scene: Scene): JSX.Element {
   const { model, selection, look, audits, token } = scene;
+  const one = called(model).one;
   const layer = Math.min(selection.layer, model.depth);
   const steps = model.steps.filter((step) => step.layer === layer);
   const audit = audits[selection.model]?.value?.audit ?? null;
@@ -21,19 +22,19 @@ export function Layer(scene: Scene): JSX.Element {
       <h2>Layer {layer} of {model.depth}</h2>
       <p class="lead">
         {model.white
-          ? "Two steps, each derived from an objective. Below: its value before and after, for this picture and for all that were audited."
+          ? `Two steps, each derived from an objective. Below: its value before and after, for this ${one} and for all that were audited.`
           : "Two steps that were derived from nothing: no objective says which way they should go."}
       </p>
       <div class="cards">
         {steps.map((step) => (
-          <StepCard key={step.step} step={step} white={model.white}
+          <StepCard key={step.step} step={step} white={model.white} one={one}
             seen={seen?.steps.find((s) => s.layer === layer && s.step === step.step) ?? null}
             audited={audit?.rows.find((r) => r.layer === layer && r.step === step.step) ?? null} samples={audit?.samples ?? 0} />
         ))}
       </div>
       {seen ? (
         <>
-          <h3 class="group">What it did to each token of this picture</h3>
+          <h3 class="group">What it did to each token of this {one}</h3>
           <p class="note">How far a token moved, in its own lengths; {tokenName(token, seen.prefix, seen.grid, seen.words)} is outlined.</p>
           <div class="minis">
             {points.map(({ s, i }) => {
@@ -60,8 +61,8 @@ export function Layer(scene: Scene): JSX.Element {
   );
 }
 
-function StepCard(props: { step: StepFacts; white: boolean; seen: StepSeen | null; audited: AuditRow | null; samples: number }): JSX.Element {
-  const { step, seen, audited } = props;
+function StepCard(props: { step: StepFacts; white: boolean; one: string; seen: StepSeen | null; audited: AuditRow | null; samples: number }): JSX.Element {
+  const { step, seen, audited, one } = props;
   const fell = seen && seen.before !== null && seen.after !== null ? seen.after < seen.before : null;
   return (
     <section class="card">
@@ -69,10 +70,10 @@ function StepCard(props: { step: StepFacts; white: boolean; seen: StepSeen | nul
       {step.objective ? (
         <>
           <p>must lower <Formula text={step.objective} /></p>
-          <Fall name="this picture" before={seen?.before ?? null} after={seen?.after ?? null} />
+          <Fall name={`this ${one}`} before={seen?.before ?? null} after={seen?.after ?? null} />
           <Fall name={`mean of ${props.samples || "the audited"}`} before={audited?.before ?? null} after={audited?.after ?? null} />
           <p class={fell === false ? "warn" : "good"}>
-            {fell === null ? "" : fell ? "It fell on this picture" : "▲ It did not fall on this picture"}
+            {fell === null ? "" : fell ? `It fell on this ${one}` : `▲ It did not fall on this ${one}`}
             {audited?.descended !== null && audited?.descended !== undefined ? `${fell === null ? "It fell" : ", and"} on ${percent(audited.descended)} of the audited.` : fell === null ? "" : "."}
           </p>
           <p class="note">
@@ -85,7 +86,7 @@ function StepCard(props: { step: StepFacts; white: boolean; seen: StepSeen | nul
       ) : (
         <p class="note">{step.heads ? `${plural(step.heads, "head")}. ` : ""}{step.atoms ? `${plural(step.atoms, "unit")}. ` : ""}It states no objective.</p>
       )}
-      {seen ? <p class="note">Behind it on this picture: rate {number(seen.coding_rate)} nats, rank {seen.rank}, {percent(seen.nonzero)} not zero.</p> : null}
+      {seen ? <p class="note">Behind it on this {one}: rate {number(seen.coding_rate)} nats, rank {seen.rank}, {percent(seen.nonzero)} not zero.</p> : null}
     </section>
   );
 }
@@ -124,7 +125,7 @@ function Spectrum({ scene, layer }: { scene: Scene; layer: number }): JSX.Elemen
   if (!lines.length) return null;
   const said = (seen?.steps ?? []).filter((s) => s.layer === layer).map((s) => `rank ${s.rank} after ${STEPS[s.step] ?? s.step}`).join(", ");
   return (
-    <Figure title="Spectrum of this picture's tokens" text={`Singular values, the largest first; the faster they fall, the fewer directions the tokens use: ${said}.`}>
+    <Figure title={`Spectrum of this ${called(scene.model).one}'s tokens`} text={`Singular values, the largest first; the faster they fall, the fewer directions the tokens use: ${said}.`}>
       <Chart lines={lines} xLabel="singular value" whole title={`Spectrum of the tokens: ${said}`} log />
     </Figure>
   );
@@ -137,13 +138,13 @@ function Norms({ scene, layer }: { scene: Scene; layer: number }): JSX.Element |
   if (!shown.length) return null;
   const said = rows.map((r) => `${percent(r.outliers)} after ${STEPS[r.step] ?? r.step}`).join(", ");
   return (
-    <Figure title="Lengths of tokens beside their median" text={`Of all audited images. Outliers, tokens of more than three medians: ${said}.`}>
+    <Figure title="Lengths of tokens beside their median" text={`Of all audited ${called(scene.model).test}s. Outliers, tokens of more than three medians: ${said}.`}>
       <Chart
         lines={shown.map((each, tone) => ({
           label: `after ${STEPS[each.step] ?? each.step}`, tone,
           x: each.counts.map((_, i) => (each.edges[i] + each.edges[i + 1]) / 2), y: each.counts.map((c) => c / each.counts.reduce((a, b) => a + b, 0)),
         }))}
-        xLabel="length / median of its image" title={`Histogram of token lengths; outliers: ${said}`} zero format={percent} />
+        xLabel={`length / median of its ${called(scene.model).test}`} title={`Histogram of token lengths; outliers: ${said}`} zero format={percent} />
     </Figure>
   );
 }

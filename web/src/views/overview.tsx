@@ -4,7 +4,7 @@ import type { JSX } from "preact";
 import type { AuditAnswer, AuditRow } from "../answers";
 import { Chart, Figure, Waiting, type Line } from "../parts";
 import { count, duration, number, percent, plural } from "../words";
-import { place, placeName, STEPS, type Scene } from "./shared";
+import { called, place, placeName, STEPS, type Scene } from "./shared";
 
 type Audit = NonNullable<AuditAnswer["audit"]>;
 
@@ -17,17 +17,18 @@ export function Overview(scene: Scene): JSX.Element {
       <h2>{model.label}: {model.white ? "each layer steps down a stated objective" : "its layers state no objective"}</h2>
       <p class="lead">
         {model.name}, {plural(model.depth, "layer")}, {count(model.parameters)} parameters
-        {model.accuracy !== null ? `, ${percent(model.accuracy)} of the test images recognised` : ""}
+        {model.accuracy !== null ? `, ${percent(model.accuracy)} of the test ${called(model).test}s recognised` : ""}
+        {model.bits_per_byte !== null ? `, ${number(model.bits_per_byte)} bits for each byte of unseen text` : ""}
         {model.seconds ? `, trained in ${duration(model.seconds)}` : ""}{model.fresh ? ", with fresh weights: it has learnt nothing yet" : ""}.
       </p>
       {audit ? (
         <div class={audit.verdict.descends === null ? "verdict none" : audit.verdict.descends ? "verdict" : "verdict warn"}>
           <p>{audit.verdict.descends === false ? "▲ " : ""}{audit.verdict.text}</p>
           {audit.verdict.details.length ? <ul>{audit.verdict.details.map((line) => <li key={line}>{line}</li>)}</ul> : null}
-          <p class="note">Measured on {plural(audit.samples, "image")} of {audit.data}, before and after each step, with that step's own parameters.</p>
+          <p class="note">Measured on {plural(audit.samples, called(model).test)} of {audit.data}, before and after each step, with that step's own parameters.</p>
         </div>
       ) : !model.audited ? (
-        <p class="note">No images were given to audit it on; name them with --data.</p>
+        <p class="note">No {called(model).test}s were given to audit it on; name them with --data.</p>
       ) : (
         <Waiting error={own.error} what="Auditing" />
       )}
@@ -64,9 +65,14 @@ export function Overview(scene: Scene): JSX.Element {
   );
 }
 
-/** R^c(Z | U) with its one-letter superscripts raised. */
+/** R^c(Z_<=t | U) with its one-letter superscripts raised, and which tokens it is about lowered. */
 export function Formula(props: { text: string }): JSX.Element {
-  return <span class="formula">{props.text.split(/(\^\w)/).map((part, i) => (part.startsWith("^") ? <sup key={i}>{part.slice(1)}</sup> : part))}</span>;
+  const parts = props.text.split(/(\^\w|_<=\w)/);
+  return (
+    <span class="formula">
+      {parts.map((part, i) => (part.startsWith("^") ? <sup key={i}>{part.slice(1)}</sup> : part.startsWith("_<=") ? <sub key={i}>≤{part.slice(3)}</sub> : part))}
+    </span>
+  );
 }
 
 function Curves(scene: Scene): JSX.Element {

@@ -1,17 +1,27 @@
 /** Runs in the folder: how they went or go, two beside each other. */
 
 import type { JSX } from "preact";
+import { useState } from "preact/hooks";
 import type { RunCurves, RunRow } from "../answers";
 import { Chart, Figure, Waiting, type Line } from "../parts";
-import { embedded, useAnswer } from "../source";
+import { embedded, open, useAnswer } from "../source";
 import { duration, number, percent } from "../words";
 import type { Go, Selection } from "../address";
 
 const EVERY = 2000;
 const LEFT_OUT = new Set(["step", "epoch", "lr_factor"]);
 
-export function Runs(props: { selection: Selection; go: Go }): JSX.Element {
-  const { selection, go } = props;
+export function Runs(props: { selection: Selection; go: Go; onOpened: ((model: number) => void) | null }): JSX.Element {
+  const { selection, go, onOpened } = props;
+  const [said, setSaid] = useState("");
+  const take = async (run: RunRow): Promise<void> => {
+    setSaid(`Opening ${run.name}`);
+    try {
+      onOpened?.(await open(run.id));
+    } catch (error) {
+      setSaid(`${run.name}: ${(error as Error).message}`);
+    }
+  };
   const { value, error } = useAnswer<{ runs: RunRow[] }>("runs", embedded() ? 0 : EVERY);
   if (!value) return <><h2>Runs</h2><Waiting error={error} what="Reading the folder" /></>;
   const runs = value.runs;
@@ -23,6 +33,7 @@ export function Runs(props: { selection: Selection; go: Go }): JSX.Element {
       <h2>Runs</h2>
       <p class="lead">{runs.length ? `${runs.length} in the folder${going ? `, ${going} in progress` : ""}. Show one; set another beside it.` : "No run in the folder yet."}</p>
       {error ? <p class="warn" role="alert">{error}</p> : null}
+      {onOpened ? <p class="note" role="status">{said}</p> : null}
       {runs.length ? (
         <div class="scroll" role="region" tabIndex={0} aria-label="Runs">
           <table>
@@ -40,7 +51,8 @@ export function Runs(props: { selection: Selection; go: Go }): JSX.Element {
                   <td class="whole">
                     <button type="button" aria-pressed={run.id === first?.id} aria-label={`show ${run.name}`} onClick={() => go({ run: run.id, beside: run.id === second?.id ? null : selection.beside })}>show</button>{" "}
                     <button type="button" aria-pressed={run.id === second?.id} aria-label={`set ${run.name} beside it`} disabled={run.id === first?.id}
-                      onClick={() => go({ run: first?.id ?? null, beside: run.id === second?.id ? null : run.id })}>beside</button>
+                      onClick={() => go({ run: first?.id ?? null, beside: run.id === second?.id ? null : run.id })}>beside</button>{" "}
+                    {onOpened ? <button type="button" aria-label={`look into ${run.name}`} disabled={run.state !== "finished"} onClick={() => void take(run)}>look into</button> : null}
                   </td>
                 </tr>
               ))}

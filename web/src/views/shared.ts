@@ -8,12 +8,20 @@ export interface Scene {
   model: Model;
   selection: Selection;
   go: Go;
+  /** Chooses a token, or moves from the one that is chosen. */
+  choose: (token: number | ((now: number) => number)) => void;
   look: Asked<Look>;
   /** Of each model. */
   audits: Asked<AuditAnswer>[];
   /** The chosen token; patches come behind class token and registers. */
   token: number;
 }
+
+/** What a model's inputs and their tokens are called. */
+export const called = (model: Model | undefined): { one: string; many: string; token: string; test: string } =>
+  model?.reads === "text"
+    ? { one: "passage", many: "passages", token: "word", test: "text" }
+    : { one: "picture", many: "pictures", token: "patch", test: "image" };
 
 export const STEPS: Record<string, string> = {
   compress: "compress", sparsify: "sparsify", attention: "attention", mlp: "MLP",

@@ -2,11 +2,11 @@
 
 import type { JSX } from "preact";
 import { useMemo } from "preact/hooks";
-import type { AuditAnswer, LayerSeen, Look } from "../answers";
+import type { AtomsOfText, AuditAnswer, LayerSeen, Look } from "../answers";
 import { Bars, Chart, codeOf, cosines, Figure, MiniMap, Patch, row, Scatter, Waiting } from "../parts";
 import { useAnswer } from "../source";
-import { number, percent, plural, tokenName } from "../words";
-import { place, placeName, STEPS, type Scene } from "./shared";
+import { number, percent, plural, shown, tokenName, visible } from "../words";
+import { called, place, placeName, STEPS, type Scene } from "./shared";
 
 const SHOWN = 6;
 
@@ -19,9 +19,49 @@ export function TokenView(scene: Scene): JSX.Element {
   return (
     <>
       <h2>{name[0].toUpperCase() + name.slice(1)}</h2>
-      <p class="lead">Its way through {plural(model.depth, "layer")}, and what layer {layer} writes into it. Choose another token on the picture.</p>
+      <p class="lead">Its way through {plural(model.depth, "layer")}, and what layer {layer} writes into it. Choose another token on the {called(model).one}.</p>
+      {look.value?.lens ? <Settled scene={scene} look={look.value} /> : null}
       {look.value ? <Way scene={scene} look={look.value} /> : <Waiting error={look.error} what="Looking" />}
       {ready ? <Here scene={scene} look={look.value as Look} seen={answer.value as LayerSeen} layer={layer} /> : <Waiting error={answer.error} what="Looking into the layer" />}
+    </>
+  );
+}
+
+/** What a language model would say at this place if it ended after each layer. */
+function Settled({ scene, look }: { scene: Scene; look: Look }): JSX.Element {
+  const { token, model, selection, go } = scene;
+  const lens = look.lens as NonNullable<Look["lens"]>;
+  const layers = Array.from({ length: lens.likeliest.shape[0] }, (_, l) => l);
+  const own = layers.map((l) => row(lens.own, l)[token]);
+  const words = look.words as string[];
+  const next = model.causal && token + 1 < words.length ? `“${shown(words[token + 1])}”` : null;
+  const known = own.every((v) => Number.isFinite(v));
+  return (
+    <>
+      <h3 class="group">{model.causal ? "What follows it" : "What stands here"}, as each layer would have it</h3>
+      <p class="note">The tokens behind each layer, read as the model reads its last ones. What an early layer would say was never asked of it.</p>
+      <div class="beside">
+        <div class="scroll" role="region" tabIndex={0} aria-label="The likeliest words after each layer">
+          <table class="lens">
+            <tbody>
+              {layers.map((l) => (
+                <tr key={l} class={l === Math.min(selection.layer, model.depth) ? "chosen" : undefined}>
+                  <th scope="row">{l ? <button type="button" class="link" onClick={() => go({ layer: l })}>layer {l}</button> : "embedding"}</th>
+                  {Array.from(row(lens.likeliest, l, token)).map((word, k) => (
+                    <td key={k}><span class="word">{shown(lens.words[word])}</span> <span class="value">{percent(row(lens.chances, l, token)[k])}</span></td>
+                  ))}
+                </tr>
+              ))}
+            </tbody>
+          </table>
+        </div>
+        {known ? (
+          <Figure title={next ? `The chance of ${next}, which follows` : model.causal ? "The chance of the word that follows" : "The chance of the word that was hidden"} text={`From ${percent(own[0])} in front of the layers to ${percent(own[own.length - 1])} behind them.`}>
+            <Chart lines={[{ label: "", tone: 0, points: true, x: layers, y: own }]} xLabel="layer" whole zero format={percent} height={150} mark={Math.min(selection.layer, model.depth)}
+              title={`Chance of the word after each layer, ${percent(own[0])} to ${percent(own[own.length - 1])}`} onPick={(x) => go({ layer: Math.max(1, x) })} />
+          </Figure>
+        ) : null}
+      </div>
     </>
   );
 }
@@ -100,22 +140,33 @@ function Here(props: { scene: Scene; look: Look; seen: LayerSeen; layer: number 
 
 function Atom(props: { scene: Scene; look: Look; seen: LayerSeen; layer: number; atom: number; audit: AuditAnswer | null; error: string | null; name: string }): JSX.Element {
   const { look, seen, layer, atom, audit, scene } = props;
+  const name = called(scene.model);
   const code = codeOf(seen) as NonNullable<LayerSeen["between"]>;
   const here = Float32Array.from({ length: code.shape[0] }, (_, t) => row(code, t)[atom]);
   const atoms = audit?.atoms[String(layer)];
   const grid = scene.model.grid;
+  if (atoms && "contexts" in atoms) {
+    return (
+      <div class="beside atom">
+        <Figure title={`${props.name[0].toUpperCase()}${props.name.slice(1)} ${atom} on this passage`} text="How strongly each word fires it.">
+          <MiniMap look={look} values={here} selected={scene.token} format={(v) => (v ? number(v, 2) : "–")} title="" said={`${props.name} ${atom} fires on ${here.filter((v) => v !== 0).length} of ${here.length} words of this passage`} />
+        </Figure>
+        <Contexts atoms={atoms} atom={atom} audit={audit as AuditAnswer} />
+      </div>
+    );
+  }
   return (
     <div class="beside atom">
-      <Figure title={`${props.name[0].toUpperCase()}${props.name.slice(1)} ${atom} on this picture`} text="How strongly each token fires it.">
-        <MiniMap look={look} values={here} selected={scene.token} side={220} format={(v) => (v ? number(v, 2) : "")} title="" said={`${props.name} ${atom} fires on ${here.filter((v) => v !== 0).length} of ${here.length} tokens of this picture`} />
+      <Figure title={`${props.name[0].toUpperCase()}${props.name.slice(1)} ${atom} on this ${name.one}`} text="How strongly each token fires it.">
+        <MiniMap look={look} values={here} selected={scene.token} side={220} format={(v) => (v ? number(v, 2) : "")} title="" said={`${props.name} ${atom} fires on ${here.filter((v) => v !== 0).length} of ${here.length} tokens of this ${name.one}`} />
       </Figure>
-      {atoms && grid ? (
+      {atoms && grid && "patches" in atoms ? (
         <figure>
           <h3>The patches that fire it most</h3>
           <div class="strip">
             {Array.from(row(atoms.values, atom)).slice(0, SHOWN).map((value, k) => {
               if (!Number.isFinite(value)) return null;
-              const item = audit.gallery[row(atoms.images, atom)[k]];
+              const item = (audit as AuditAnswer).gallery[row(atoms.images, atom)[k]];
               const patch = row(atoms.patches, atom)[k];
               const where = tokenName(patch + look.prefix.length, look.prefix, grid, null);
               return (
@@ -126,9 +177,42 @@ function Atom(props: { scene: Scene; look: Look; seen: LayerSeen; layer: number;
               );
             })}
           </div>
-          <figcaption>Among {plural(audit.looked_at ?? 0, "image")}. It fires on {percent(row(atoms.fires)[atom])} of all patches.</figcaption>
+          <figcaption>Among {plural(audit?.looked_at ?? 0, "image")}. It fires on {percent(row(atoms.fires)[atom])} of all patches.</figcaption>
         </figure>
-      ) : scene.model.audited ? <Waiting error={props.error} what="Looking for the patches that fire it" /> : <p class="note">Give images with --data to see which patches fire it.</p>}
+      ) : scene.model.audited ? <Waiting error={props.error} what="Looking for the patches that fire it" /> : <p class="note">Give {name.test}s with --data to see which {name.token === "word" ? "words" : "patches"} fire it.</p>}
     </div>
+  );
+}
+
+/** The words that fire an atom most, with what stands around them. */
+function Contexts(props: { atoms: AtomsOfText; atom: number; audit: AuditAnswer }): JSX.Element {
+  const { atoms, atom, audit } = props;
+  const words = audit.words ?? [];
+  const at = audit.at ?? 0;
+  const values = Array.from(row(atoms.values, atom));
+  const score = atoms.score.data[atom];
+  const said = (from: number[]): string => from.map((word) => (word ? visible(words[word - 1]).replace(/\n/g, "") : "")).join("");
+  return (
+    <figure class="contexts">
+      <h3>The words that fire it most</h3>
+      {Number.isFinite(values[0]) ? (
+        <ul>
+          {values.map((value, k) => {
+            if (!Number.isFinite(value)) return null;
+            const context = Array.from(row(atoms.contexts, atom, k));
+            return (
+              <li key={k}>
+                <span class="n">{number(value, 2)}</span>
+                <span class="text"><span class="quiet">{said(context.slice(0, at))}</span><mark>{shown(words[context[at] - 1] ?? "")}</mark><span class="quiet">{said(context.slice(at + 1))}</span></span>
+              </li>
+            );
+          })}
+        </ul>
+      ) : <p class="note">It fires on none.</p>}
+      <figcaption>
+        Of {plural(audit.looked_at ?? 0, "row")} of held-out text, one context from each. It fires at {percent(atoms.fires.data[atom])} of all places
+        {Number.isFinite(score) ? `; the word there, or the one that follows, tells how strongly with a correlation of ${number(score, 2)}` : ""}.
+      </figcaption>
+    </figure>
   );
 }
