@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from pellucid.data.regular import open_regular
 from pellucid.errors import ConfigError, DataError
+from pellucid.regular import open_regular
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")  # MPO is opened by JPEG
 EXTENSIONS = frozenset(
