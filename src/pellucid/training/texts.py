@@ -107,10 +107,11 @@ class Texts(Material):
         )
         places = len(self.train) * model.context
         if config.objective == "causal-lm" and self.train.words < places / 2:
-            self.notes.append(
+            self.notes = [
+                *self.notes,
                 f"{1 - self.train.words / places:.0%} of all places stay empty: most texts are shorter than "
-                f"the context of {model.context:,} words - take a smaller one, or --cross-documents"
-            )
+                f"the context of {model.context:,} words - take a smaller one, or --cross-documents",
+            ]
 
     def __len__(self) -> int:
         return len(self.train)
