@@ -1542,8 +1542,9 @@ def _source_of(own: TrainConfig | None, source: Source) -> dict[str, Any]:
 
 
 def _own_config(run: Path) -> TrainConfig | None:
-    config = run / "config.yaml"
-    return TrainConfig.from_mapping(read_config(config)) if config.is_file() else None
+    from pellucid.training.run import options_of
+
+    return options_of(run) if (run / "config.yaml").is_file() else None
 
 
 def _accuracy_line(scores: Any, title: str) -> str:

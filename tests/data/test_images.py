@@ -2,7 +2,6 @@
 
 import io
 import os
-import random
 import socket
 import struct
 import threading
@@ -93,6 +92,9 @@ def ramp_in(mode):
         ("I;16", "PNG", 1, 0),
         ("I;16", "TIFF", 1, 0),
         ("I;16B", "TIFF", 1, 0),
+        ("I;16B", "PNG", 1, 0),
+        ("I;16", "JPEG2000", 1, 0),
+        ("I;16", "PPM", 1, 0),
         ("I", "TIFF", 1, 0),
         ("I", "PPM", 1, 0),
     ],
@@ -383,74 +385,11 @@ def test_a_shown_name_is_one_printable_line(text):
     shown.encode("utf-8")
 
 
-def many_forms():
-    picture, second = noise(1, (24, 24)), noise(2, (24, 24))
-    frames = {"save_all": True, "append_images": [second]}
-    gray16 = Image.fromarray(np.arange(576, dtype=np.uint16).reshape(24, 24) * 100)
-    return [
-        encoded(picture, "JPEG"),
-        encoded(picture, "JPEG", progressive=True),
-        encoded(picture.convert("CMYK"), "JPEG"),
-        encoded(picture, "PNG"),
-        encoded(gray16, "PNG"),
-        encoded(picture.convert("P"), "PNG", transparency=3),
-        encoded(picture, "PNG", **frames),
-        encoded(picture, "GIF", **frames),
-        encoded(picture, "BMP"),
-        encoded(picture, "TIFF"),
-        encoded(picture, "TIFF", compression="tiff_lzw"),
-        encoded(picture, "WEBP"),
-        encoded(picture, "WEBP", lossless=True, **frames),
-        encoded(picture, "PPM"),
-        encoded(picture, "JPEG2000"),
-        encoded(picture, "MPO", **frames),
-    ]
-
-
 def tensor_or_reason(data):
     try:
         return read_image(data)
     except ImageRejected as error:
         return error.reason
-
-
-def mutant(data, rng):
-    """Some bytes set, some cut out, some put in: at the front, where headers are, or anywhere."""
-    data = bytearray(data)
-    for _ in range(rng.choice([1, 3, 10, 50])):
-        place = rng.randrange(max(min(len(data), rng.choice([64, len(data)])), 1))
-        edit = rng.random()
-        if edit < 0.7:
-            data[place : place + 1] = bytes([rng.randrange(256)])
-        elif edit < 0.85:
-            del data[place : place + rng.randrange(1, 20)]
-        else:
-            data[place:place] = rng.randbytes(rng.randrange(1, 20))
-    return bytes(data)
-
-
-def test_mutants_become_a_tensor_or_a_rejection():
-    rng = random.Random(0)
-    decoded = refused = 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for data in many_forms():
-            assert read_image(data).shape == (3, 24, 24) or read_image(data).shape == (1, 24, 24)
-            for _ in range(60):
-                begin = time.monotonic()
-                outcome = tensor_or_reason(mutant(data, rng))
-                assert time.monotonic() - begin < 5
-                if isinstance(outcome, str):
-                    assert 0 < len(outcome) < 120
-                    assert outcome.isprintable()
-                    refused += 1
-                else:
-                    assert outcome.dtype == torch.uint8
-                    assert outcome.ndim == 3
-                    assert len(outcome) in (1, 3)
-                    decoded += 1
-    assert decoded > 50  # else the mutants say nothing about decoding
-    assert refused > 400
 
 
 @settings(deadline=None, max_examples=200)

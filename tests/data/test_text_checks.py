@@ -62,7 +62,8 @@ def test_one_text_and_none(tmp_path):
     assert "problem: 1 text cannot be split into train and test" in "\n".join(report.lines())
     report = check(write(tmp_path / "none", {"a.txt": ""}))
     assert not report.ok
-    assert report.lines()[-2].startswith("problem: ")
+    assert report.lines()[-3].startswith("problem: no text found in")
+    assert report.lines()[-2] == "  a.txt: empty file"
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "sub/x.jsonl"])

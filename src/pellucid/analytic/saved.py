@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from pellucid import analytic, steps
 from pellucid.analytic.base import Estimator
-from pellucid.errors import CheckpointError, ConfigError
+from pellucid.errors import CheckpointError, ConfigError, PellucidError
+from pellucid.regular import read_json, read_regular
 from pellucid.steps.kept import Kept
 
 DESCRIPTION = "estimator.json"
@@ -60,8 +61,8 @@ def load_estimator(folder: str | os.PathLike[str]) -> Any:
     """
     path = Path(folder)
     try:
-        description = json.loads((path / DESCRIPTION).read_bytes())
-        tensors = tensors_from_bytes((path / TENSORS).read_bytes())
+        description = read_json(path / DESCRIPTION)
+        tensors = tensors_from_bytes(read_regular(path / TENSORS))
     except OSError as error:
         raise CheckpointError(
             f"no fitted estimator in {path}: {error.strerror} - give the folder that fit made"
@@ -74,9 +75,20 @@ def load_estimator(folder: str | os.PathLike[str]) -> Any:
         cls = _known(description["estimator"], estimators())
         estimator = cls(**_decode_all(description["options"], tensors))
         vars(estimator).update(_decode_all(description["state"], tensors))
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        ValueError,
+        RuntimeError,
+        RecursionError,
+    ) as error:
+        if isinstance(error, PellucidError):
+            raise
+        detail = " ".join(str(error).split())[:160]
         raise CheckpointError(
-            f"the estimator in {path} is damaged ({type(error).__name__}: {error}) - fit it again"
+            f"the estimator in {path} is damaged ({type(error).__name__}: {detail}) - fit it again"
         ) from error
     return estimator
 
@@ -168,7 +180,10 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if "module" in value:
         return _decode_module(value, tensors)
     if "strings" in value:
-        return np.array(value["strings"], dtype=object if value["dtype"] == "O" else None)
+        strings = np.array(value["strings"], dtype=object if value["dtype"] == "O" else None)
+        if not all(isinstance(text, str) for text in strings.flat):
+            raise TypeError("strings that are none")
+        return strings
     (kind, content), *_ = value.items()
     readers = {
         "kept": Kept,
@@ -197,8 +212,8 @@ def _decode_module(value: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> n
 
 
 def _known(name: str, table: Mapping[str, Any]) -> Any:
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise CheckpointError(
-            f"nothing of ours is called '{name}' - the file is damaged, or from a later version"
+            f"nothing of ours is called '{str(name)[:100]}' - the file is damaged, or from a later version"
         )
     return table[name]

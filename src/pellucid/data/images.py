@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from pellucid.data.regular import open_regular
 from pellucid.errors import ConfigError, DataError
+from pellucid.regular import open_regular
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")  # MPO is opened by JPEG
 EXTENSIONS = frozenset(
@@ -245,7 +245,7 @@ def _to_8_bit(picture: Image.Image, background: tuple[int, int, int]) -> Image.I
     if picture.has_transparency_data:
         paper = Image.new("RGBA", picture.size, (*background, 255))
         picture = Image.alpha_composite(paper, picture.convert("RGBA"))
-    return picture.convert(target)
+    return picture if picture.mode == target else picture.convert(target)  # which copies even then
 
 
 def _from_16_bit(picture: Image.Image) -> Image.Image:

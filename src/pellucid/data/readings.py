@@ -130,7 +130,8 @@ def read_corpus(corpus: Corpus, asked: Asked, max_bad: float) -> Reading:
     side = np.where(source < len(corpus.train), TRAIN, TEST).astype(np.int64)
     for part, of_side in ((TRAIN, corpus.train), (TEST, corpus.test)):
         if of_side is not None and not (side == part).any():
-            raise DataError(f"no text found in {corpus.where} - {corpus.one}")
+            bad = "; ".join(f"{name}: {reason}" for name, reason in named[:5])
+            raise DataError(f"no text found in {corpus.where} - {corpus.one}" + (f"\n  {bad}" if bad else ""))
     names, values = _classes(list(labels), corpus.class_names)
     reading = Reading(
         corpus,

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, final
 
 from pellucid.data.images import show_name
-from pellucid.data.regular import open_regular
 from pellucid.data.texts import TextRejected, as_text, lower_reason, parts, read_text
+from pellucid.regular import open_regular
 
 Label = str | int
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from pellucid.data.images import show_name
-from pellucid.data.regular import open_regular
 from pellucid.errors import DataError
+from pellucid.regular import open_regular
 
 BLOCK = 2**20  # bytes that are read at once
 

@@ -7,9 +7,9 @@ import os
 
 from pellucid.data.bpe import BPETokenizer, train_bpe
 from pellucid.data.images import show_name
-from pellucid.data.regular import open_regular
 from pellucid.data.words import ByteTokenizer, Tokenizer, is_bytes
 from pellucid.errors import ConfigError, DataError, suggest
+from pellucid.regular import open_regular
 
 __all__ = ["BPETokenizer", "ByteTokenizer", "Tokenizer", "find_tokenizer", "read_tokenizer", "train_bpe"]
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from pellucid.data import show_name
 from pellucid.errors import PellucidError
+from pellucid.regular import open_regular, read_json, read_regular
 from pellucid.training import read_config
 
 MAX_RUNS = 200
@@ -133,7 +134,7 @@ def _state(path: Path, result: dict[str, Any]) -> str:
 
 def _alive(lock: Path) -> bool:
     try:
-        told = _PID.fullmatch(lock.read_text(encoding="utf-8", errors="replace").strip())
+        told = _PID.fullmatch(read_regular(lock, 1000).decode(errors="replace").strip())
         if told is None or told[2] != os.uname().nodename or int(told[1]) == 0:
             return False
         os.kill(int(told[1]), 0)
@@ -146,8 +147,8 @@ def _alive(lock: Path) -> bool:
 
 def _result(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads((path / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = read_json(path / "result.json")
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -155,7 +156,7 @@ def _result(path: Path) -> dict[str, Any]:
 def _lines(path: Path) -> list[dict[str, Any]]:
     """Whole lines of a log that may be growing; what is no JSON object, as half a line, is passed over."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - MAX_LOG))
             data = file.read(MAX_LOG)

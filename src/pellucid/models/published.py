@@ -21,7 +21,7 @@ from pellucid.errors import CheckpointError, ConfigError, PellucidError
 from pellucid.models import crate, language, mae, tost
 from pellucid.models.create import create_model
 from pellucid.models.foreign import read_foreign
-from pellucid.models.saved import _NOT_SIZES, load_matched
+from pellucid.models.saved import _NOT_SIZES, load_matched, short
 
 State = dict[str, Tensor]
 
@@ -140,7 +140,7 @@ def open_published(state_dict: Mapping[str, Any], **hints: Any) -> Published:
         raise
     except Exception as error:
         raise CheckpointError(
-            f"keys of {family.name}, but not its shapes ({error}) - get it again"
+            f"keys of {family.name}, but not its shapes ({short(error)}) - get it again"
         ) from error
     model: Any = create_model(name, **arguments)
     load_matched(model, ours)
@@ -155,7 +155,7 @@ def _recognise(state: State) -> Family:
     for name, signature, reason in REFUSED:
         if _has_all(state, signature):
             raise CheckpointError(f"this is {name}: {reason}")
-    some = ", ".join(list(state)[:3]) or "none"
+    some = ", ".join(short(name, 60) for name in list(state)[:3]) or "none"
     known = ", ".join(family.name for family in FAMILIES)
     raise CheckpointError(f"not a known published layout (first keys: {some}) - known: {known}")
 
@@ -175,7 +175,7 @@ def _rekeyed(state: Mapping[str, Any], rename: Callable[[str], str]) -> State:
         name = rename(key)
         if name in renamed:
             raise CheckpointError(
-                f"two keys of the file mean the same: {name} - take one part of the file only"
+                f"two keys of the file mean the same: {short(name, 60)} - take one part of the file only"
             )
         renamed[name] = value
     return renamed
@@ -200,7 +200,7 @@ def _is_finite(value: Tensor) -> bool:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return ", ".join(short(name, 60) for name in names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _count(state: State, pattern: str) -> int:

@@ -8,20 +8,25 @@ and a name from a file only ever selects from timm's registry and from our own.
 
 from __future__ import annotations
 
-import json
+import contextlib
+import math
 import os
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from pellucid.errors import CheckpointError, suggest
 from pellucid.models.create import create_model, list_models, some_models
 from pellucid.models.language import MODELS, LanguageModel
+from pellucid.regular import open_regular, read_json
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 
@@ -31,6 +36,13 @@ _SOURCE = ("url", "hf_hub_id", "architecture", "tag", "custom_load")
 _NOT_SIZES = {"name", "model_name", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
 _NOT_SIZES |= {"checkpoint_path", "cache_dir"}
 """Arguments of ``timm.create_model`` that read other files; a config may not."""
+
+SLACK_TENSORS, SLACK_NUMBERS, SLACK_SIZE = 1_000, 10_000_000, 1_000_000
+"""What a config may describe beyond four times what its weights hold, before it is refused unbuilt. Below
+that the model is built, on no device, and what does not fit is listed name by name."""
+
+MAX_SIDE = 16_384
+"""Pixels of an image that a saved model may ask for."""
 
 
 def describe_model(
@@ -91,10 +103,12 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     folder = _model_folder(Path(path))
     name, arguments, cfg = _read_config(folder)
     if not isinstance(name, str) or not (name in MODELS or timm.is_model(name)):
-        near = suggest(str(name), list_models() + list_models("text"), some_models())
-        raise CheckpointError(f"{folder}: unknown architecture '{name}'{near}")
-    model: Any = create_model(name, **arguments)
-    load_matched(model, read_weights(folder / WEIGHTS), where=str(folder / WEIGHTS))
+        shown = short(name)
+        near = suggest(shown, list_models() + list_models("text"), some_models())
+        raise CheckpointError(f"{folder}: unknown architecture '{shown}'{near}")
+    weights = read_weights(folder / WEIGHTS)
+    model = _build(name, arguments, weights, folder / CONFIG)
+    load_matched(model, weights, where=str(folder / WEIGHTS))
     if name in MODELS:
         model.label_names = cfg.get("label_names", [])
     else:
@@ -111,7 +125,7 @@ def tokenizer_of(path: str | os.PathLike[str]) -> Path | None:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file, and of nothing else."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             magic = file.read(9)
         # A safetensors file begins with the length of its header, which may look like a pickle's first bytes.
         if magic[8:] != b"{" and (
@@ -123,7 +137,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise CheckpointError(
-            f"{path} is damaged or not a safetensors file ({error}) - get it again"
+            f"{path} is damaged or not a safetensors file ({short(error)}) - get it again"
+        ) from error
+    except (ValueError, RuntimeError, MemoryError, OverflowError) as error:  # of torch, of shapes and strides
+        raise CheckpointError(
+            f"{path} holds no tensors that can be ({short(error)}) - get it again"
         ) from error
     except OSError as error:
         raise CheckpointError(f"cannot read weights: {path} ({error.strerror or error})") from error
@@ -146,7 +164,7 @@ def load_matched(model: nn.Module, state: Mapping[str, Tensor], where: str = "th
     ]
     if missing or unexpected or shapes or kinds:
         lines = [
-            f"{title} ({len(items)}): {', '.join(items[:5])}{', ...' if len(items) > 5 else ''}"
+            f"{title} ({len(items)}): {', '.join(map(short, items[:5]))}{', ...' if len(items) > 5 else ''}"
             for title, items in (
                 ("missing", missing),
                 ("unexpected", unexpected),
@@ -186,6 +204,7 @@ def copy_weights(
         folder = _model_folder(source)
         saved, arguments, cfg = _read_config(folder)
         if saved != model.architecture:
+            saved = short(saved, 60)
             raise CheckpointError(
                 f"{path} is {saved}, the run asks for {model.architecture} - give --model {saved}"
             )
@@ -248,19 +267,116 @@ def _read_config(folder: Path) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """Architecture, arguments and ``pretrained_cfg`` of a ``config.json``; of text the names of classes."""
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
         name, arguments, cfg = config["architecture"], dict(config["model_args"]), {}
         classes = {}
         if str(name) in MODELS:
             cfg = {"label_names": [str(label) for label in config.get("label_names", [])]}
         else:
             cfg, classes = dict(config["pretrained_cfg"]), {"num_classes": int(config["num_classes"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a model's config ({error}) - save the model again") from error
+            _refuse_input(cfg)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or short(error)
+        raise CheckpointError(f"{path} is not a model's config ({reason}) - save the model again") from error
     foreign = sorted(_NOT_SIZES & arguments.keys())
     if foreign:
         raise CheckpointError(f"refused: {path} sets {', '.join(foreign)} in model_args - remove it")
     return name, {**arguments, **classes}, cfg
+
+
+def _refuse_input(cfg: Mapping[str, Any]) -> None:
+    """What images a saved model asks for goes into arithmetic as it stands: it must be such numbers."""
+    size = cfg.get("input_size", [1, 1, 1])
+    sides = isinstance(size, list) and len(size) == 3 and all(type(side) is int for side in size)
+    if not sides or not all(1 <= side <= MAX_SIDE for side in size):
+        raise ValueError(f"input_size is {short(size)}; expected channels, height and width")
+    for key in ("mean", "std"):
+        numbers = cfg.get(key, [1.0])
+        if not isinstance(numbers, list) or not all(
+            type(number) in (int, float) and math.isfinite(number) for number in numbers
+        ):
+            raise ValueError(f"{key} is {short(numbers)}; expected numbers")
+    names = cfg.get("label_names")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError("label_names are not names")
+
+
+def _build(name: str, arguments: dict[str, Any], weights: Mapping[str, Tensor], config: Path) -> Any:
+    """The model that a config describes, when it can be that of these weights.
+
+    First without memory, on the device "meta", and with every parameter counted as it is made: sizes from a
+    file could otherwise ask for any memory and any number of layers.
+    """
+    numbers = sum(value.numel() for value in weights.values())
+    largest = max(_integers(arguments), default=0)
+    if largest > max(numbers, SLACK_SIZE):
+        raise CheckpointError(
+            f"refused: {config} asks for {short(largest, 20)} of something, and the weights beside it are "
+            f"{numbers:,} numbers - save the model again"
+        )
+    most = 4 * len(weights) + SLACK_TENSORS, 4 * numbers + SLACK_NUMBERS
+    try:
+        # Some of timm's look at numbers while they are built, which "meta" has none of: a RuntimeError.
+        with _counted(*most), contextlib.suppress(RuntimeError), torch.device("meta"):
+            create_model(name, **arguments)
+        with _counted(*most):
+            return create_model(name, **arguments)
+    except _TooLarge as error:
+        raise CheckpointError(
+            f"refused: {config} describes a model of {error}, and the weights beside it are {len(weights):,} "
+            f"tensors of {numbers:,} numbers - save the model again"
+        ) from None
+    except Exception as error:  # whatever a constructor makes of values that were never meant for it
+        raise CheckpointError(
+            f"{config} does not describe a model ({short(error)}) - save the model again"
+        ) from error
+
+
+class _TooLarge(Exception):
+    """Says what a model has more of than its weights."""
+
+
+@contextlib.contextmanager
+def _counted(most_tensors: int, most_numbers: int) -> Iterator[None]:
+    """While this lasts, modules that this thread makes may have so many parameters, of so many numbers."""
+    tensors = numbers = 0
+    here = threading.get_ident()
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal tensors, numbers
+        if parameter is None or threading.get_ident() != here:
+            return
+        tensors, numbers = tensors + 1, numbers + parameter.numel()
+        if tensors > most_tensors:
+            raise _TooLarge(f"more than {most_tensors:,} tensors")
+        if numbers > most_numbers:
+            raise _TooLarge(f"more than {most_numbers:,} numbers")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _integers(value: Any) -> Iterator[int]:
+    """Every integer in what JSON gives, as a size."""
+    if isinstance(value, int):
+        yield abs(value)
+    elif isinstance(value, Mapping | list):
+        inside: Iterable[Any] = value.values() if isinstance(value, Mapping) else value
+        for item in inside:
+            yield from _integers(item)
+
+
+def short(value: Any, most: int = 160) -> str:
+    """A value or an error from a file, in one printable line that a message can take."""
+    try:
+        text = str(value) or type(value).__name__
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a list of lists of lists
+        text = type(value).__name__
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(text[: 4 * most].split()))
+    return line if len(line) <= most else line[: most - 3] + "..."
 
 
 def _model_folder(path: Path) -> Path:

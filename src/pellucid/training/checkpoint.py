@@ -25,11 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from pellucid.errors import CheckpointError, ConfigError, NumericsError, ResourceError, gives_out
+from pellucid.regular import read_json, read_regular
 from pellucid.training.ranks import local
 
 MANIFEST = "MANIFEST.json"
@@ -160,12 +162,15 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     for path in reversed(_steps(folder)):
         reason = _damage(path)
         if reason is None:
-            meta = json.loads((path / "state.json").read_bytes())
-            tensors = _tensors(path)
-            bad = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
-            if not bad:
-                return Checkpoint(meta.pop("step"), tensors, meta, damaged)
-            reason = f"holds {len(bad)} non-finite tensors ({', '.join(bad[:3])})"
+            try:
+                meta = dict(read_json(path / "state.json"))
+                tensors = _tensors(path)
+                bad = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
+                if not bad:
+                    return Checkpoint(int(meta.pop("step")), tensors, meta, damaged)
+                reason = f"holds {len(bad)} non-finite tensors ({', '.join(bad[:3])})"
+            except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
+                reason = f"holds no state of a run ({type(error).__name__})"
         damaged.append(f"{path.name}: {reason}")
     if damaged:
         raise CheckpointError(
@@ -185,10 +190,13 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
 def _tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a valid checkpoint, whole."""
     if (path / "state.safetensors").exists():
-        return tensors_from_bytes((path / "state.safetensors").read_bytes())
+        return tensors_from_bytes(read_regular(path / "state.safetensors"))
     from torch.distributed import checkpoint as dcp
 
     known: dict[str, Any] = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    held = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    if sum(one.size.numel() * one.properties.dtype.itemsize for one in known.values()) > held:
+        raise ValueError("its files say that they hold more than they do")
     found = {name: torch.empty(one.size, dtype=one.properties.dtype) for name, one in known.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process.*")
@@ -299,11 +307,16 @@ _held: set[int] = set()
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder against a second run. The kernel lets go when the process ends, however it ends."""
+    # Not through a link: what is written here would stand in place of what the link leads to.
     try:
-        descriptor = os.open(folder / "run.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(folder / "run.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         if gives_out(error):
             raise
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise CheckpointError(
+                f"{folder / 'run.lock'} cannot be held ({error.strerror}) - remove it, or take another --out"
+            ) from error
         raise ConfigError(f"cannot write {folder}: {error.strerror} - take another --out") from error
     _held.add(descriptor)
     try:
@@ -335,12 +348,14 @@ os.register_at_fork(after_in_child=_let_go)
 def _damage(path: Path) -> str | None:
     """Why this checkpoint cannot be used, or None."""
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        manifest = read_json(path / MANIFEST)
         if manifest["schema"] != SCHEMA:
             return f"{MANIFEST} is damaged, or of another version"
         files = manifest["files"]
         for name, expected in files.items():
-            if _digest((path / name).read_bytes()) != expected:
+            if "/" in name or name in ("", ".", ".."):
+                return f"{MANIFEST} names files elsewhere"
+            if _digest(read_regular(path / name)) != expected:
                 return f"{name} is damaged (SHA-256 differs)"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"incomplete ({type(error).__name__})"

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from pellucid.errors import ConfigError, suggest
+from pellucid.regular import read_regular
 
 Augment = Literal["auto", "none", "small", "photo"]
 Precision = Literal["32", "bf16"]
@@ -195,7 +196,8 @@ class TrainConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         for key in options:
             if key not in known:
-                raise ConfigError(f"unknown option '{key}'{suggest(str(key), known)}")
+                shown = _shown(key)
+                raise ConfigError(f"unknown option '{shown}'{suggest(shown, known)}")
         if not options.get("data"):
             raise ConfigError("no data given - name a folder, a .npz file or a known data set such as digits")
         return cls(**options)
@@ -204,21 +206,57 @@ class TrainConfig:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
 
 
+MOST_BYTES, MOST_VALUES, MOST_DEPTH = 128 * 2**10, 10_000, 32
+"""Of a YAML file with options: a run's own has about 2,000 bytes and 100 values."""
+
+
 def read_config(path: str | Path) -> dict[str, Any]:
     """Options from a YAML file.
 
     Raises:
-        ConfigError: not there, not YAML, or not a mapping.
+        ConfigError: not there, not YAML, not a mapping, or more than options can be.
     """
     try:
-        options = yaml.safe_load(Path(path).read_text("utf-8"))
+        # A SafeLoader: what it makes are numbers, texts, dates, lists and dicts.
+        options = yaml.load(read_regular(path, MOST_BYTES).decode("utf-8"), _Loader)  # noqa: S506
+        if not isinstance(options, dict):
+            raise ConfigError(f"{path} holds no options; expected lines such as 'epochs: 80'")
+        _count(options, {})
     except OSError as error:
         raise ConfigError(f"cannot read config {path} ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(options, dict):
-        raise ConfigError(f"{path} holds no options; expected lines such as 'epochs: 80'")
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
+        raise ConfigError(f"{path} is not YAML: {reason[:300]}") from error
     return options
+
+
+class _Loader(yaml.SafeLoader):
+    """No deeper than options are: reading a thousand lists in each other takes PyYAML seconds."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.depth += 1
+        if self.depth > MOST_DEPTH:
+            raise yaml.YAMLError(f"nested more than {MOST_DEPTH} deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def _count(value: Any, known: dict[int, int]) -> int:
+    """Values in ``value`` once every alias is written out; an alias of an alias of ... doubles with each."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = MOST_VALUES  # until it is counted: what holds itself never ends
+        inside = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count(item, known) for item in inside)
+    if known[id(value)] > MOST_VALUES:
+        raise ValueError(f"more than {MOST_VALUES:,} values, counting each time that one is meant")
+    return known[id(value)]
 
 
 def refuse_changes(saved: TrainConfig, asked: TrainConfig) -> list[str]:
@@ -251,11 +289,13 @@ def checked(key: str, value: Any, hint: Any) -> Any:
     """The value in the annotated type, or an error that names both; no number is infinite."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{key} is {value}; it must be finite")
+    if isinstance(value, str) and (len(value) > MOST_LETTERS or "\0" in value):
+        raise ConfigError(f"{key} is {_shown(repr(value))}; no name and no path is so long, or holds a NUL")
     options = get_args(hint)
     if get_origin(hint) is Literal:
         if str(value) in options:
             return str(value)
-        raise ConfigError(f"{key} is '{value}'{suggest(str(value), options)}")
+        raise ConfigError(f"{key} is '{_shown(value)}'{suggest(_shown(value), options)}")
     plain = [
         t for t in (options if options and get_origin(hint) is not dict else [hint]) if t is not type(None)
     ]
@@ -275,7 +315,17 @@ def checked(key: str, value: Any, hint: Any) -> Any:
                 continue
             return checked(key, number, hint)
     names = " or ".join(getattr(t, "__name__", str(t)) for t in plain)
-    raise ConfigError(f"{key} is {value!r}; expected {names}")
+    raise ConfigError(f"{key} is {_shown(repr(value))}; expected {names}")
+
+
+MOST_LETTERS = 4096
+"""Of a text: so many bytes a path may have."""
+
+
+def _shown(value: Any) -> str:
+    """As much of a value as a line can take."""
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _help() -> dict[str, str]:

@@ -8,9 +8,19 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from pellucid.data import StepSampler
+from pellucid.data import Reject, StepSampler, show_name
 from pellucid.training.config import TrainConfig
 from pellucid.training.objective import Held, Objective
+
+
+def about_rejects(rejects: Sequence[Reject], things: str) -> list[str]:
+    """A line on what could not be read and is left out of a run, if there is any."""
+    if not rejects:
+        return []
+    named = "; ".join(f"{show_name(reject.path)}: {reject.reason}" for reject in rejects[:3])
+    more = f"; and {len(rejects) - 3:,} more" if len(rejects) > 3 else ""
+    count = f"{len(rejects):,} {things if len(rejects) > 1 else things.removesuffix('s')}"
+    return [f"{count} rejected ({named}{more}) - pellucid check lists all, so does result.json"]
 
 
 class Material(ABC):

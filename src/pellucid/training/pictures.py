@@ -32,7 +32,7 @@ from pellucid.errors import ConfigError
 from pellucid.models.embed import embedding, image_size
 from pellucid.models.saved import CONFIG, WEIGHTS, describe_model
 from pellucid.training.config import TrainConfig
-from pellucid.training.material import Material
+from pellucid.training.material import Material, about_rejects
 from pellucid.training.objective import Held, Objective
 
 REFERENCE = 5_000
@@ -57,6 +57,7 @@ class Pictures(Material):
         self.data = self.images = images
         self.kind = kind
         self.name, self.fingerprint = images.name, images.fingerprint
+        self.notes = about_rejects(images.rejects, "images")
 
     @classmethod
     def load(

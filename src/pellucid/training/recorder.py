@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import statistics
 import sys
@@ -18,7 +19,8 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from pellucid.errors import Collapsed, NumericsError, ResourceError, Stopped
+from pellucid.errors import CheckpointError, Collapsed, NumericsError, ResourceError, Stopped
+from pellucid.regular import read_regular
 from pellucid.training.checkpoint import save_checkpoint, save_sharded, saving, thread_fingerprint, write_file
 from pellucid.training.health import Verdict
 from pellucid.training.learner import Learner
@@ -111,6 +113,17 @@ class Throughput:
         return f"; {speed:.0f} {self.unit}/s, {share:.0%} of it waiting for data{hint}"
 
 
+class Bar(tqdm):  # type: ignore[type-arg]
+    """With a lock of this process alone.
+
+    tqdm's own is shared with forked processes: one that is killed while it holds it leaves all others waiting
+    for ever.
+    """
+
+
+Bar.set_lock(threading.RLock())
+
+
 class Recorder:
     """Follows a learner through its run folder; an instance is the loop's ``after_step``.
 
@@ -173,7 +186,7 @@ class Recorder:
         self.window: dict[str, float] = {}
         self.started = self.saved_at = time.monotonic()
         self.earlier_seconds = 0.0
-        self.bar = tqdm(
+        self.bar = Bar(
             total=learner.total_steps,
             initial=learner.step,
             unit="step",
@@ -364,16 +377,38 @@ class Recorder:
             step = self.learner.step
             line = {"step": step, "epoch": round(step / self.steps_per_epoch, 4), "split": split, **values}
             text = json.dumps(line) + "\n"
-            with saving(self.out, len(text)), open(self.out / "metrics.jsonl", "a") as file:
+            with saving(self.out, len(text)), open(self.out / "metrics.jsonl", "a", opener=_no_link) as file:
                 file.write(text)
+
+
+def _no_link(path: str, flags: int) -> int:
+    """Whoever lays a link in the place of a log must not have the run write to where it leads."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+_WORDS = {"split", "health", "verdict"}
+"""What a line of the log says in words; all else are numbers."""
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Whole lines of a JSON-lines file; a line that a killed process left half written is passed over."""
+    try:
+        text = read_regular(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot read the log {path} ({error.strerror}) - restore it") from error
     lines = []
-    for line in path.read_text().splitlines():
+    for line in text.splitlines():
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(found, dict) and _is_line(found):
+            lines.append(found)
     return lines
+
+
+def _is_line(found: dict[str, Any]) -> bool:
+    return {"step", "epoch", "split"} <= found.keys() and all(
+        isinstance(value, str) if key in _WORDS else isinstance(value, int | float)
+        for key, value in found.items()
+    )

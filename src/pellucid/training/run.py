@@ -28,6 +28,7 @@ from pellucid.errors import (
 )
 from pellucid.models import create_model, load
 from pellucid.models.saved import copy_weights
+from pellucid.regular import read_json
 from pellucid.training.checkpoint import (
     Checkpoint,
     last_good,
@@ -132,8 +133,7 @@ def train(
     """
     name = data.name if isinstance(data, ImageData | TextData) else os.fspath(data)
     config = TrainConfig.from_mapping({**options, "data": name})
-    if config.objective not in OBJECTIVES:
-        raise ConfigError(f"unknown objective '{config.objective}'{suggest(config.objective, OBJECTIVES)}")
+    _refuse_objective(config)
     config = replace(
         config, **{k: v for k, v in OBJECTIVES[config.objective].recipe.items() if k not in options}
     )
@@ -166,6 +166,12 @@ def train(
         return _train(setting, out, stop, resume, progress, say)
 
 
+def _refuse_objective(config: TrainConfig) -> None:
+    if config.objective not in OBJECTIVES:
+        shown = config.objective[:100]
+        raise ConfigError(f"unknown objective '{shown}'{suggest(shown, OBJECTIVES)}")
+
+
 def load_material(config: TrainConfig, data: Data | None = None, resume: bool = False) -> Material:
     """What a run learns from, as its objective reads it."""
     kind = OBJECTIVES[config.objective]
@@ -196,16 +202,35 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     out = Path(path)
     if not (out / "config.yaml").is_file():
         raise CheckpointError(f"{out} is not a run (no config.yaml) - give the folder that train made")
-    config = TrainConfig.from_mapping(read_config(out / "config.yaml"))
-    result = json.loads((out / "result.json").read_text()) if (out / "result.json").is_file() else {}
+    config = options_of(out)
+    result = _read_result(out / "result.json")
     return Run(
-        out,
-        config,
-        load(out),
-        result.get("accuracy"),
-        result.get("seconds", 0.0),
-        result.get("measures", {}),
+        out, config, load(out), result.get("accuracy"), result.get("seconds", 0.0), result.get("measures", {})
     )
+
+
+def options_of(run: Path) -> TrainConfig:
+    """What a run was asked to do, from its ``config.yaml``. Raises ConfigError for what no run can be."""
+    config = TrainConfig.from_mapping(read_config(run / "config.yaml"))
+    _refuse_objective(config)
+    return config
+
+
+def _read_result(path: Path) -> dict[str, Any]:
+    """What a run has come to; nothing, of one that has not ended."""
+    if not path.exists():
+        return {}
+    try:
+        result = read_json(path)
+        numbers = [result.get("accuracy"), result.get("seconds", 0.0), *result.get("measures", {}).values()]
+        if not all(value is None or type(value) in (int, float) for value in numbers):
+            raise ValueError("expected numbers")
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)[:160]
+        raise CheckpointError(
+            f"{path} is not the result of a run ({reason}) - go on with --resume"
+        ) from error
+    return dict(result)
 
 
 class Waiting:
@@ -381,8 +406,9 @@ def _train(setting: Setting, out: Path, stop: StopFlag, resume: bool, progress: 
     config, material, learner = setting.config, setting.material, setting.learner
     saved = load_checkpoint(out / "checkpoints") if resume else None
     if saved is not None:
-        _refuse_changed_data(saved.meta["data"], material, config, out)
-        learner.load_tensors(saved.tensors, saved.step)
+        _refuse_changed_data(saved.meta.get("data"), material, config, out)
+        with _fitting(saved, out):
+            learner.load_tensors(saved.tensors, saved.step)
         for line in saved.damaged:
             say(f"passed over {line}")
         say(_resuming(saved, learner.total_steps, out))
@@ -412,7 +438,8 @@ def _train(setting: Setting, out: Path, stop: StopFlag, resume: bool, progress: 
         say=say,
     )
     if saved is not None:
-        recorder.restore(saved.meta)
+        with _fitting(saved, out):
+            recorder.restore(saved.meta)
     if resume:
         recorder.drop_later_lines()
     try:
@@ -441,6 +468,19 @@ def _train(setting: Setting, out: Path, stop: StopFlag, resume: bool, progress: 
     if rank() == 0:
         _hand_over(run, setting)
     return run
+
+
+@contextmanager
+def _fitting(saved: Checkpoint, out: Path) -> Iterator[None]:
+    """A checkpoint that is whole may still be of another run."""
+    try:
+        yield
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(
+            f"step {saved.step} in {out} is not of this run ({type(error).__name__}: {reason}) - restore its "
+            f"checkpoints, or begin anew with --overwrite"
+        ) from error
 
 
 def _fit(setting: Setting, recorder: Recorder) -> None:
@@ -541,7 +581,7 @@ def _is_half_written(path: Path) -> bool:
     return path.name.startswith(".tmp-config.yaml-")
 
 
-def _refuse_changed_data(fingerprint: str, material: Material, config: TrainConfig, out: Path) -> None:
+def _refuse_changed_data(fingerprint: Any, material: Material, config: TrainConfig, out: Path) -> None:
     if fingerprint != material.fingerprint:
         what = changes(out, material.stamps())
         raise DataError(

@@ -18,7 +18,7 @@ from pellucid.errors import ConfigError
 from pellucid.models.language import MODELS, LanguageModel
 from pellucid.models.saved import CONFIG, TOKENIZER, WEIGHTS, describe_text_model, tokenizer_of
 from pellucid.training.config import TrainConfig
-from pellucid.training.material import Material
+from pellucid.training.material import Material, about_rejects
 from pellucid.training.objective import Held, Objective
 
 LOOKED_AT = 256
@@ -41,7 +41,7 @@ class Texts(Material):
     def __init__(self, texts: TextData, kind: type[Objective], tokenizer: str = "") -> None:
         self.data = self.texts = texts
         self.kind = kind
-        self.name, self.notes = texts.name, texts.notes
+        self.name, self.notes = texts.name, [*texts.notes, *about_rejects(texts.rejects, "texts")]
         self.fingerprint = f"{texts.fingerprint}-{texts.tokenizer.fingerprint}"
         self.tokenizer = tokenizer or texts.tokenizer.name
 
@@ -107,6 +107,13 @@ class Texts(Material):
             )
             for part in (self.texts.train, self.texts.test)
         )
+        places = len(self.train) * model.context
+        if config.objective == "causal-lm" and self.train.words < places / 2:
+            self.notes = [
+                *self.notes,
+                f"{1 - self.train.words / places:.0%} of all places stay empty: most texts are shorter than "
+                f"the context of {model.context:,} words - take a smaller one, or --cross-documents",
+            ]
 
     def __len__(self) -> int:
         return len(self.train)
