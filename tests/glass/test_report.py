@@ -191,7 +191,7 @@ STRANGE = [math.inf, -1.0, 0, 1e308, -1e300, 5e-324, 10**400, True, "", [], {}, 
 
 @pytest.mark.parametrize(
     "value",
-    [..., None, math.nan, "x", *(pytest.param(value, marks=pytest.mark.slow) for value in STRANGE)],
+    [..., math.nan, *(pytest.param(value, marks=pytest.mark.slow) for value in (None, "x", *STRANGE))],
     ids=lambda value: repr(value)[:12],
 )
 def test_tolerates_anything_anywhere(make_bundle: MakeBundle, value: object) -> None:
