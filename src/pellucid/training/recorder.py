@@ -113,7 +113,7 @@ class Throughput:
         return f"; {speed:.0f} {self.unit}/s, {share:.0%} of it waiting for data{hint}"
 
 
-class Bar(tqdm):  # type: ignore[type-arg]
+class Bar(tqdm):
     """With a lock of this process alone.
 
     tqdm's own is shared with forked processes: one that is killed while it holds it leaves all others waiting
