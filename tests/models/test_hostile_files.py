@@ -919,7 +919,10 @@ def needed(good, tmp_path_factory):
             shutil.copy(places[door], place)
         (found,) = in_child([Job(scratch, lambda: DOORS[door](place))], set())
         # What is converted there is of no published layout, which is said at the very end.
-        assert (found["kind"], found["code"]) == ("", 2 if door == "convert" else 0), (door, found)
+        assert (found["kind"], found["code"]) == (
+            "",
+            CheckpointError.exit_code if door == "convert" else 0,
+        ), (door, found)
         assert not found["harm"], (door, found["harm"])
         return {"nothing", *found["imports"]}
 

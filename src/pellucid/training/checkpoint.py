@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import time
 import warnings
 from collections.abc import Iterator
@@ -307,16 +308,15 @@ _held: set[int] = set()
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder against a second run. The kernel lets go when the process ends, however it ends."""
+    lock = folder / "run.lock"
     # Not through a link: what is written here would stand in place of what the link leads to.
+    if os.path.lexists(lock) and not stat.S_ISREG(os.lstat(lock).st_mode):
+        raise CheckpointError(f"{lock} is not a file - remove it, or take another --out")
     try:
-        descriptor = os.open(folder / "run.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         if gives_out(error):
             raise
-        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise CheckpointError(
-                f"{folder / 'run.lock'} cannot be held ({error.strerror}) - remove it, or take another --out"
-            ) from error
         raise ConfigError(f"cannot write {folder}: {error.strerror} - take another --out") from error
     _held.add(descriptor)
     try:

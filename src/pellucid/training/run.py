@@ -582,6 +582,11 @@ def _is_half_written(path: Path) -> bool:
 
 
 def _refuse_changed_data(fingerprint: Any, material: Material, config: TrainConfig, out: Path) -> None:
+    if not isinstance(fingerprint, str):
+        raise CheckpointError(
+            f"the last checkpoint in {out} does not say what it has learnt from - restore it, or begin anew "
+            f"with --overwrite"
+        )
     if fingerprint != material.fingerprint:
         what = changes(out, material.stamps())
         raise DataError(
