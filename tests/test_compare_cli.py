@@ -174,7 +174,7 @@ def accuracies(out):
 def test_a_signal_in_training_leaves_all_resumable(tmp_path):
     """A real process, stopped in its second model, goes on to the numbers of one that was not stopped."""
     out, whole = tmp_path / "stopped", tmp_path / "whole"
-    argv = [sys.executable, "-m", "pellucid", *command(out, epochs=8)]
+    argv = [sys.executable, "-m", "pellucid", *command(out, epochs=3)]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     second = out / f"{FOLDER[VIT]}-s0" / "metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -190,7 +190,7 @@ def test_a_signal_in_training_leaves_all_resumable(tmp_path):
 
     assert subprocess.run([*argv, "--resume"], capture_output=True, check=False).returncode == 0
     assert "pellucid compare digits --models" in (out / "report.html").read_text()
-    assert main(command(whole, epochs=8)) == 0
+    assert main(command(whole, epochs=3)) == 0
     assert accuracies(out) == accuracies(whole)
     weights = [
         (folder / f"{FOLDER[VIT]}-s0" / "model" / "model.safetensors").read_bytes() for folder in (out, whole)

@@ -745,7 +745,7 @@ def test_row_28_other_threads_are_told(tmp_path, train, at_step, monkeypatch):
     ],
     ids=["device", "allocator", "python"],
 )
-@pytest.mark.parametrize("where", ["forward", "step"])
+@pytest.mark.parametrize("where", ["forward", pytest.param("step", marks=pytest.mark.slow)])
 def test_row_29_out_of_memory(tmp_path, train, monkeypatch, reference, error, where):
     run = tmp_path / "run"
     losses, update = Learner.losses, Learner.update
@@ -867,25 +867,17 @@ def texts(folder):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("size", [1, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 3))])
 def test_row_34_small_batches(tmp_path, cli, objective, size):
     """Finite, or a word on how many it takes; never a number that is none."""
     if OBJECTIVES[objective].reads == "text":
-        data, sizes = texts(tmp_path / "texts"), ["--model-arg", "context=32"]
-        sizes = [
-            "--model",
-            f"crate_{'bert' if objective != 'causal-lm' else 'gpt'}_bytes",
-            "--model-arg",
-            "context=32",
-        ]
-        sizes = []
+        data = texts(tmp_path / "texts")
     else:
-        data, sizes = arrays(tmp_path / "data.npz"), []
+        data = arrays(tmp_path / "data.npz")
     run = tmp_path / "run"
     words = ["--depth", "1", "--epochs", f"{2 * size / 20:g}", "--batch-size", size, "--no-report"]
-    code, _, err = cli(
-        "train", data, "--objective", objective, *sizes, *words, "--out", run, "--max-skipped", "0"
-    )
+    words += ["--objective", objective, "--out", run, "--max-skipped", "0"]
+    code, _, err = cli("train", data, *words)
     if code == 2:
         golden(err, f"error: *{size}* - *")
         assert not run.exists()
