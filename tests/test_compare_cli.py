@@ -228,10 +228,9 @@ def test_what_stands_is_left_alone(done, tmp_path, capsys):
 
 def test_another_recipe_is_refused_on_resume(done, capsys):
     before = contents(done[0])
-    refused(
-        capsys, command(done[0], "--resume", epochs=2), "cannot resume with other options: epochs 0.5 -> 2"
-    )
-    refused(capsys, command(done[0], "--resume", "--lr", 0.1), "lr 0.003 -> 0.1")
+    other = command(done[0], "--resume", epochs=2)
+    refused(capsys, other, "cannot resume with other options", "epochs 0.5 -> 2.0 (in a new run only)")
+    refused(capsys, command(done[0], "--resume", "--lr", 0.1), "lr 0.003 -> 0.1 (in a new run only)")
     assert contents(done[0]) == before
 
 

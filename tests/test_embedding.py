@@ -16,7 +16,7 @@ from pellucid.analytic import NearestNeighbours
 from pellucid.data import ArrayImages, load_data
 from pellucid.data.dataset import from_arrays
 from pellucid.embedding import embed, neighbours
-from pellucid.errors import ConfigError, DataError
+from pellucid.errors import ConfigError, DataError, ResourceError
 from pellucid.glass.feed import batches
 from pellucid.measure.features import features
 from pellucid.models import create_model
@@ -164,7 +164,7 @@ def test_whole_or_not_at_all(model, some, tmp_path, suffix, monkeypatch):
 
     embedding_batches = embedding.feature_batches
     monkeypatch.setattr(embedding, "feature_batches", breaks)
-    with pytest.raises(ConfigError, match="No space left on device - make room"):
+    with pytest.raises(ResourceError, match="No space left on device - make room"):
         embed(model, some, path, overwrite=True)
     assert path.read_text() == "kept"
     assert [file.name for file in tmp_path.iterdir()] == [path.name]

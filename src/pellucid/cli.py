@@ -686,7 +686,7 @@ def audit(
 
         of_text = {}
         if _reads_text(network):
-            of_text = {"tokenizer": looked_at.tokenizer, "windows": batches.dataset}
+            of_text = {"tokenizer": looked_at.tokenizer, "windows": batches.items}
         subject = Subject(network, result.model, looked_at, **of_text)
         known = {0: result.to_dict()}
         answers = Answers(model, [subject], samples_of([subject]), audit_limit=limit, audits=known)

@@ -87,11 +87,16 @@ def gradients_of_first_step(images, accumulate, driver):
     learner.update = update
     sampler = StepSampler(len(images.train), 64, seed=0, steps=1, accumulate=accumulate)
     batches = train_loader(images.train, MaskedView(view_of(images), objective.masking), sampler)
-    batches.collate_fn = lambda batch: (batch[0]._replace(large=batch[0].large.double()), *batch[1:])
-    if driver == "plain":
-        fit_plain(learner, batches, parts.append, accumulate=accumulate)
-    else:
-        fit_lightning(learner, lambda rank, world: batches, parts.append, accumulate=accumulate)
+
+    def in_float64(batch):
+        return batch[0]._replace(large=batch[0].large.double()), *batch[1:]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pellucid.data.loaders._as_fetched", in_float64)
+        if driver == "plain":
+            fit_plain(learner, batches, parts.append, accumulate=accumulate)
+        else:
+            fit_lightning(learner, lambda rank, world: batches, parts.append, accumulate=accumulate)
     assert learner.step == 1
     return found, parts[0]["loss"]
 
