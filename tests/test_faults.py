@@ -288,7 +288,7 @@ def test_row_07_a_data_worker_dies(tmp_path, train, at_item, caplog, monkeypatch
     run = tmp_path / "run"
     at_item(1000, action)
     code, _, err = train(run, "--workers", "2")
-    assert code == 3
+    assert code == 3, err
     golden(
         err,
         f"error: data worker * of 2 {how} near digits[*], digits[*], ...: it died there twice\n"
@@ -309,7 +309,8 @@ def test_row_07_a_data_worker_that_dies_once_is_replaced(tmp_path, train, at_ite
             kill()()
 
     at_item(1000, once)
-    assert train(tmp_path / "run", "--workers", "2")[0] == 0
+    code, _, err = train(tmp_path / "run", "--workers", "2")
+    assert code == 0, err
     assert re.fullmatch(
         r"data worker \d of 2 was killed by SIGKILL \(likely for want of memory\) near digits\[\d+\], "
         r"digits\[\d+\], \.\.\. - trying once more with new ones",

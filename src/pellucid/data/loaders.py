@@ -217,6 +217,8 @@ class Fetching(Generic[Fetched]):
     def _begun(self, counted: _Counted, done: int, stacks: IO[bytes]) -> Iterator[Any]:
         """Workers at work. PyTorch's handler for one that dies would raise in the middle of a step."""
         before = signal.getsignal(signal.SIGCHLD)
+        if getattr(before, "__module__", "") == "torch.utils.data._utils.signal_handling":
+            before = signal.SIG_DFL  # of another DataLoader in this process
         fetched = iter(self._loader(counted, _From(self.batches, done), stacks))
         if threading.current_thread() is threading.main_thread() and before is not None:
             signal.signal(signal.SIGCHLD, before)
