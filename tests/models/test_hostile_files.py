@@ -1057,7 +1057,15 @@ def opened(good, needed, tmp_path_factory):
     return lambda case: at(case.door)[case]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+FIRST = {"load", "init-from", "convert", "view"}
+"""Doors at which every run of the tests knocks; the slow tests knock at the others."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[] if case.door in FIRST else pytest.mark.slow) for case in CASES],
+    ids=str,
+)
 def test_nothing_runs(case, opened):
     """One message, in a moment, and no trace: not of what the file would have run, read or asked for."""
     found = opened(case)

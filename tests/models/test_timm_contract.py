@@ -486,14 +486,18 @@ def test_saved_and_loaded_it_gives_the_same_bits(name, tmp_path):
         assert list(theirs.config.id2label.values()) == classes
 
 
+AHEAD = [
+    pytest.param(
+        name, "aot_eager", marks=[] if family in ("crate_", "crate_alpha_", "tost_") else pytest.mark.slow
+    )
+    for family, name in SMALLEST.items()
+]
 INDUCTOR = pytest.param(SMALLEST["crate_"], "inductor", marks=pytest.mark.slow)
 """What is captured is compiled without a family's doing, in half a minute and more; one stands for all."""
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
-@pytest.mark.parametrize(
-    ("name", "backend"), [*((name, "aot_eager") for name in SMALLEST.values()), INDUCTOR]
-)
+@pytest.mark.parametrize(("name", "backend"), [*AHEAD, INDUCTOR])
 def test_compiles_whole_in_training_and_evaluation(name, backend):
     model, x = small(name), images(name)
     gradients = []

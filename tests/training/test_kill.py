@@ -65,8 +65,8 @@ def check(run, digits, differences, **options):
     ("options", "wanted"),
     [
         ({"engine": "plain", "save_every": 1, "average": 0.9}, 6),
-        ({"save_every": 3}, 4),
-        ({"save_every": 3, "workers": 2}, 2),
+        pytest.param({"save_every": 3}, 4, marks=pytest.mark.slow),
+        pytest.param({"save_every": 3, "workers": 2}, 2, marks=pytest.mark.slow),
     ],
     ids=["plain", "lightning", "workers"],
 )
@@ -79,7 +79,7 @@ def test_killed_runs_end_in_the_same_bits(digits, tmp_path, kill_at_random, diff
         round_ += 1
 
 
-@pytest.mark.parametrize("objective", ["simdino", "dino"])
+@pytest.mark.parametrize("objective", ["simdino", pytest.param("dino", marks=pytest.mark.slow)])
 def test_killed_teachers_end_in_the_same_bits(digits, tmp_path, kill_at_random, differences, objective):
     """An evaluation of features before the first step takes its time, which a new process must be left."""
     options = {"objective": objective, "model_args": {"depth": 1}, "epochs": 1, "engine": "plain"}
