@@ -32,6 +32,7 @@ def _view(arguments: list[str], log: Path) -> None:
     for number in (1, 2):
         os.dup2(output, number)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
     code = main(["view", *arguments])
     sys.stdout.flush()
     sys.stderr.flush()
