@@ -6,12 +6,19 @@ import base64
 import io
 import math
 import random
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from pellucid.glass.answers import Answers
+from pellucid.glass.guard import Guard
+from pellucid.glass.server import application, listening
 
 OBJECTIVES = {"compress": "R^c(Z | U)", "sparsify": "LASSO"}
 
@@ -477,3 +484,25 @@ def text_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         options = {"objective": "causal-lm", "model": model, "model_args": small, "batch_size": 16}
         train(str(root / "stories"), out=str(folder), epochs=1, progress=False, **options)
     return out
+
+
+@contextmanager
+def serving_in_a_thread(answers: Answers) -> Iterator[Guard]:
+    import uvicorn
+
+    opened = listening(0)
+    guard = Guard(application(answers), opened.getsockname()[1])
+    running = uvicorn.Server(uvicorn.Config(guard, log_level="error", lifespan="off", ws="none"))
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [opened]}, daemon=True)
+    thread.start()
+    while not running.started:
+        time.sleep(0.01)
+    yield guard
+    running.should_exit = True
+    thread.join(10)
+
+
+@pytest.fixture(scope="session")
+def serving() -> Callable[[Answers], AbstractContextManager[Guard]]:
+    """``with serving(answers) as guard``: the page's server at ``guard.address``, in a thread."""
+    return serving_in_a_thread

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,10 @@ import torch
 from PIL import Image
 
 from pellucid.data import load_data
-from pellucid.glass import server
 from pellucid.glass.answers import Answers, Subject, bundle, sample_inputs
 from pellucid.glass.guard import Guard
 from pellucid.glass.opening import open_target
 from pellucid.glass.report import render
-from pellucid.glass.server import application
 from pellucid.glass.shelf import Shelf
 from pellucid.models import create_model
 
@@ -63,26 +59,13 @@ def answers(runs: Path) -> Answers:
     return Answers("t", subjects, inputs, shelf=Shelf(runs), takes_inputs=True, audit_limit=16)
 
 
-@contextmanager
-def serving(answers: Answers) -> Iterator[str]:
-    import uvicorn
-
-    opened = server.listening(0)
-    guard = Guard(application(answers), opened.getsockname()[1])
-    running = uvicorn.Server(uvicorn.Config(guard, log_level="error", lifespan="off", ws="none"))
-    thread = threading.Thread(target=running.run, kwargs={"sockets": [opened]}, daemon=True)
-    thread.start()
-    while not running.started:
-        time.sleep(0.01)
-    yield guard.address
-    running.should_exit = True
-    thread.join(10)
+Serving = Callable[[Answers], AbstractContextManager[Guard]]
 
 
 @pytest.fixture(scope="module")
-def address(answers: Answers) -> Iterator[str]:
-    with serving(answers) as address:
-        yield address
+def address(answers: Answers, serving: Serving) -> Iterator[str]:
+    with serving(answers) as guard:
+        yield guard.address
 
 
 @pytest.fixture(scope="module")
@@ -410,9 +393,9 @@ def reading(text_run: Path) -> Answers:
 
 
 @pytest.fixture(scope="module")
-def text_address(reading: Answers) -> Iterator[str]:
-    with serving(reading) as address:
-        yield address
+def text_address(reading: Answers, serving: Serving) -> Iterator[str]:
+    with serving(reading) as guard:
+        yield guard.address
 
 
 @pytest.fixture(scope="module")
@@ -498,13 +481,15 @@ def test_a_passage_is_typed(watched: Callable[..., Watched], text_address: str) 
     assert [fault for fault in seen.faults if "422" not in fault] == []
 
 
-def test_another_run_is_opened_from_the_folder(watched: Callable[..., Watched], text_run: Path) -> None:
+def test_another_run_is_opened_from_the_folder(
+    watched: Callable[..., Watched], text_run: Path, serving: Serving
+) -> None:
     answers = open_target(str(text_run), beside=[], runs=text_run)
     assert isinstance(answers, Answers)
     answers.audit_limit = 2
-    with serving(answers) as address:
+    with serving(answers) as guard:
         seen = watched()
-        page = seen.open(address)
+        page = seen.open(guard.address)
         go(page, "#/runs")
         page.get_by_role("button", name="look into beside-gpt2_bytes").click()
         page.wait_for_selector("h2:has-text('GPT-2: its layers state no objective')")

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import torch
-import uvicorn
 from hypothesis import HealthCheck, given, settings
 
 from pellucid.data import load_data
 from pellucid.glass.answers import Answers, Subject, sample_inputs
 from pellucid.glass.guard import Guard
 from pellucid.glass.opening import open_target
-from pellucid.glass.server import DESCRIPTION, application, listening
+from pellucid.glass.server import DESCRIPTION
 from pellucid.glass.shelf import Shelf
 from pellucid.models import create_model
 
@@ -26,23 +23,11 @@ GenerationMode = schemathesis.GenerationMode
 positive_data_acceptance = pytest.importorskip("schemathesis.specs.openapi.checks").positive_data_acceptance
 pytestmark = pytest.mark.slow
 
-
-@contextmanager
-def serving(answers: Answers) -> Iterator[Guard]:
-    opened = listening(0)
-    guard = Guard(application(answers), opened.getsockname()[1])
-    running = uvicorn.Server(uvicorn.Config(guard, log_level="error", lifespan="off", ws="none"))
-    thread = threading.Thread(target=running.run, kwargs={"sockets": [opened]}, daemon=True)
-    thread.start()
-    while not running.started:
-        time.sleep(0.01)
-    yield guard
-    running.should_exit = True
-    thread.join(10)
+Serving = Callable[[Answers], AbstractContextManager[Guard]]
 
 
 @pytest.fixture(scope="module")
-def guard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
+def guard(tmp_path_factory: pytest.TempPathFactory, serving: Serving) -> Iterator[Guard]:
     root = tmp_path_factory.mktemp("runs")
     (root / "one").mkdir()
     (root / "one" / "config.yaml").write_text("model: crate_digits\n")
@@ -60,7 +45,7 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
 
 
 @pytest.fixture(scope="module")
-def reading(text_run: Path) -> Iterator[Guard]:
+def reading(text_run: Path, serving: Serving) -> Iterator[Guard]:
     """The same with a model that reads text."""
     answers = open_target(str(text_run))
     assert isinstance(answers, Answers)

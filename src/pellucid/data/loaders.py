@@ -133,7 +133,7 @@ def train_loader(
     timeout: float = 60.0,
 ) -> Fetching[Batch]:
     """One Batch per micro-batch of ``sampler``. ``timeout`` seconds for a worker to answer."""
-    return fetching(ViewedSet(images, view), sampler, workers, timeout)
+    return Fetching(ViewedSet(images, view), sampler, workers, timeout)
 
 
 def eval_loader(
@@ -146,7 +146,7 @@ def eval_loader(
 ) -> Fetching[Batch]:
     """Every picture once, in index order; with ``limit``, that many, evenly spaced to meet all classes."""
     batches = evenly_spaced(len(images), batch_size, limit)
-    return fetching(ViewedSet(images, view), batches, workers, timeout)
+    return Fetching(ViewedSet(images, view), batches, workers, timeout)
 
 
 def evenly_spaced(n: int, batch_size: int, limit: int | None) -> list[list[Key]]:
@@ -324,13 +324,6 @@ class _From:
 
     def __iter__(self) -> Iterator[list[Key]]:
         return itertools.islice(iter(self.batches), self.first, None)
-
-
-def fetching(
-    items: Dataset[Any], batches: StepSampler | list[list[Key]], workers: int, timeout: float
-) -> Fetching[Any]:
-    """A loader of what ``items`` makes of each of these batches of keys."""
-    return Fetching(items, batches, workers, timeout)
 
 
 def _as_fetched(batch: Any) -> Any:

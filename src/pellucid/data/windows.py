@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from pellucid.data.documents import TextSet
-from pellucid.data.loaders import Fetching, Key, StepSampler, evenly_spaced, fetching
+from pellucid.data.loaders import Fetching, Key, StepSampler, evenly_spaced
 from pellucid.data.randomness import draws
 from pellucid.data.tokenizers import Tokenizer
 from pellucid.errors import ConfigError, DataError
@@ -223,7 +223,7 @@ def token_loader(
     windows: Windows, sampler: StepSampler, workers: int = 0, timeout: float = 60.0
 ) -> Fetching[TokenBatch]:
     """One TokenBatch per micro-batch of ``sampler``. ``timeout`` seconds for a worker to answer."""
-    return fetching(windows, sampler, workers, timeout)
+    return Fetching(windows, sampler, workers, timeout)
 
 
 def eval_token_loader(
@@ -234,7 +234,7 @@ def eval_token_loader(
     timeout: float = 60.0,
 ) -> Fetching[TokenBatch]:
     """Every window once, in order, as in epoch 0; with ``limit``, that many, evenly spaced."""
-    return fetching(windows, evenly_spaced(len(windows), batch_size, limit), workers, timeout)
+    return Fetching(windows, evenly_spaced(len(windows), batch_size, limit), workers, timeout)
 
 
 def _check(context: int, task: str, cross_documents: bool, mask_share: float) -> None:

@@ -21,7 +21,7 @@ import stat
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,18 +161,10 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     """
     damaged: list[str] = []
     for path in reversed(_steps(folder)):
-        reason = _damage(path)
-        if reason is None:
-            try:
-                meta = dict(read_json(path / "state.json"))
-                tensors = _tensors(path)
-                bad = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
-                if not bad:
-                    return Checkpoint(int(meta.pop("step")), tensors, meta, damaged)
-                reason = f"holds {len(bad)} non-finite tensors ({', '.join(bad[:3])})"
-            except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
-                reason = f"holds no state of a run ({type(error).__name__})"
-        damaged.append(f"{path.name}: {reason}")
+        found = _read(path)
+        if isinstance(found, Checkpoint):
+            return replace(found, damaged=damaged)
+        damaged.append(f"{path.name}: {found}")
     if damaged:
         raise CheckpointError(
             f"no valid checkpoint in {folder} - start again with --overwrite\n" + "\n".join(damaged[:3])
@@ -182,10 +174,24 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
 
 def read_checkpoint(path: Path) -> Checkpoint | None:
     """The checkpoint in this very folder; None where there is none, or it is damaged."""
-    if _damage(path) is not None:
-        return None
-    meta = json.loads((path / "state.json").read_bytes())
-    return Checkpoint(meta.pop("step"), _tensors(path), meta)
+    found = _read(path)
+    return found if isinstance(found, Checkpoint) else None
+
+
+def _read(path: Path) -> Checkpoint | str:
+    """The checkpoint in a folder, or why it cannot be used."""
+    reason = _damage(path)
+    if reason is not None:
+        return reason
+    try:
+        meta = dict(read_json(path / "state.json"))
+        tensors = _tensors(path)
+        bad = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
+        if not bad:
+            return Checkpoint(int(meta.pop("step")), tensors, meta)
+        return f"holds {len(bad)} non-finite tensors ({', '.join(bad[:3])})"
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
+        return f"holds no state of a run ({type(error).__name__})"
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

@@ -44,9 +44,6 @@ class Gradients:
     def take(self) -> None:
         """Of one part, whose backward pass has just ended."""
         self.parts.append([p.grad for p in self.parameters])
-        self.drop()
-
-    def drop(self) -> None:
         for p in self.parameters:
             p.grad = None
 

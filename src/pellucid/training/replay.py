@@ -17,8 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pellucid.data import StepSampler
 from pellucid.errors import CheckpointError, ConfigError, DataError
 from pellucid.training.checkpoint import Checkpoint, load_checkpoint, read_checkpoint
-from pellucid.training.config import TrainConfig, read_config
-from pellucid.training.run import load_material, set_up
+from pellucid.training.run import load_material, options_of, set_up
 
 
 def replay(listed: str | os.PathLike[str], say: Callable[[str], None] = lambda line: None) -> bool:
@@ -41,8 +40,9 @@ def replay(listed: str | os.PathLike[str], say: Callable[[str], None] = lambda l
     path = Path(listed)
     step, parts = _read(path)
     out = path.resolve().parent.parent
-    config = TrainConfig.from_mapping(read_config(out / "config.yaml"))
-    config = replace(config, out=str(out), accumulate=parts, exact=0, devices=1, nodes=1, strategy="auto")
+    config = replace(
+        options_of(out), out=str(out), accumulate=parts, exact=0, devices=1, nodes=1, strategy="auto"
+    )
     material = load_material(config, resume=True)
     saved = _state_before(out, step)
     setting = set_up(material.resolved(config), material)
