@@ -285,9 +285,13 @@ class Setting:
     @property
     def parts(self) -> int:
         """How many micro-batches a step is cut into, over all processes."""
-        config = self.config
-        processes = config.devices * config.nodes if isinstance(config.devices, int) else 1
-        return config.exact or config.accumulate * max(1, processes)
+        return self.config.exact or self.config.accumulate * self.processes
+
+    @property
+    def processes(self) -> int:
+        """How many are to train together; one where only lightning knows."""
+        devices = self.config.devices
+        return max(1, devices) * self.config.nodes if isinstance(devices, int) else 1
 
     def list_batch(self, step: int, reason: str) -> Path:
         """Write down in ``bad/step-N.json`` what step N, counted from 1, is made of."""
@@ -392,7 +396,7 @@ def set_up(config: TrainConfig, material: Material) -> Setting:
         exact=config.exact,
     )
     setting = Setting(config, material, model, learner, [0.0])
-    setting.batches(0, max(1, config.devices) * config.nodes if isinstance(config.devices, int) else 1)
+    setting.batches(0, setting.processes)  # refuses a batch that does not divide
     return setting
 
 
