@@ -135,6 +135,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 f"refused: {path} is a pickle, which can run code when loaded - use a safetensors file"
             )
         return load_file(path)
+    except CheckpointError:  # which is a ValueError
+        raise
     except SafetensorError as error:
         raise CheckpointError(
             f"{path} is damaged or not a safetensors file ({short(error)}) - get it again"

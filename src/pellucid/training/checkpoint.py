@@ -33,6 +33,7 @@ from torch import Tensor
 
 from pellucid.errors import CheckpointError, ConfigError, NumericsError, ResourceError, gives_out
 from pellucid.regular import read_json, read_regular
+from pellucid.training.lifeline import quiet
 from pellucid.training.ranks import local
 
 MANIFEST = "MANIFEST.json"
@@ -70,12 +71,9 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], meta: d
     final = folder / f"step-{step:08d}"
     if final.exists() and _damage(final) is None:
         return final
-    contents = {
-        "state.safetensors": tensors_to_bytes(
-            {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        ),
-        "state.json": json.dumps({"step": step, **meta}).encode(),
-    }
+    with quiet():
+        state = tensors_to_bytes({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+    contents = {"state.safetensors": state, "state.json": json.dumps({"step": step, **meta}).encode()}
     with saving(folder, sum(map(len, contents.values()))):
         with new_folder(final) as scratch:
             for name, content in contents.items():
@@ -118,7 +116,8 @@ def save_sharded(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict
         dist.broadcast_object_list(place, 0)
         scratch = Path(place[0])
         try:
-            dcp.save(ours, storage_writer=dcp.HuggingFaceStorageWriter(place[0], save_distributed=True))
+            with quiet():
+                dcp.save(ours, storage_writer=dcp.HuggingFaceStorageWriter(place[0], save_distributed=True))
         except CheckpointException as error:  # in every process, whichever of them failed
             number, (reason, _) = next(iter(error.failures.items()))
             raise ResourceError(
