@@ -232,6 +232,7 @@ class Bomb:
         return os.mkdir, (self.canary,)
 
 
+@pytest.mark.slow
 def test_wrong_input(file, tmp_path, capsys):
     out = ["-o", tmp_path / "out"]
     refused(capsys, ["convert", tmp_path / "nowhere.pth", *out], r"nowhere\.pth does not exist")

@@ -16,7 +16,7 @@ EXIT_CODES = {
     2: "an option, or options together, that cannot be; nothing was done",
     3: "data that cannot be used",
     4: "a checkpoint or a saved model that cannot be used",
-    5: "numbers: a loss or gradient that is not finite, features that collapsed",
+    5: "numbers: a loss or gradient that is not finite, features that collapsed, a step past its bound",
     6: "resources: disk full, no memory, a folder gone; what was saved stands",
     70: "one of several processes is gone",
     75: "stopped on purpose, all saved; go on with the same command and --resume",
@@ -56,6 +56,12 @@ class NumericsError(PellucidError):
 
 class Collapsed(PellucidError):
     """Features that tell images apart no more, in a run that was asked to stop there. All is saved."""
+
+    exit_code = 5
+
+
+class StepTooLong(PellucidError):
+    """A layer's step is so long that nothing says it lowers its objective. All is saved."""
 
     exit_code = 5
 

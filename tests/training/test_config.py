@@ -25,6 +25,7 @@ OTHER = {
     "init_from": "there", "new_head": True, "max_bad": 0.5, "download": True, "data_root": "root",
     "threads": 2, "engine": "plain", "accelerator": "cpu", "devices": 2, "nodes": 2,
     "strategy": "fsdp", "checkpoint_format": "sharded", "data_timeout": 5, "max_skipped": 1, "exact": 4,
+    "ista_bound": "warn",
 }  # fmt: skip
 """A valid value of every option that is not its default."""
 
@@ -174,7 +175,7 @@ def test_what_is_free_computes_the_same():
     """Nothing that the result depends on may be changed on resuming."""
     places = {"out", "data_root", "download", "save_every", "workers", "threads", "engine"}
     places |= {"accelerator", "devices", "nodes", "strategy", "checkpoint_format"}
-    assert places | {"stop_on_collapse", "data_timeout", "max_skipped"} == FREE
+    assert places | {"stop_on_collapse", "data_timeout", "max_skipped", "ista_bound"} == FREE
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,9 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(k, marks=pytest.mark.slow) if k == "bf16" else k for k in VARIANTS]
+)
 def test_stopped_and_resumed_it_ends_in_the_same_bits(digits, tmp_path, differences, name):
     options = {**RUN, "epochs": 1.5, **VARIANTS[name]}
     digits.stopped(tmp_path / "run", 4, **options)

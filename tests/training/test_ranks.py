@@ -644,6 +644,7 @@ def test_a_killed_or_hung_process_ends_the_job(number, victim, launcher, tmp_pat
     assert state(run).step >= 10
 
 
+@slow
 def test_a_job_that_was_stopped_as_a_whole_goes_on(tmp_path):
     """As by Ctrl-Z, or a machine that slept: what a process was not there to hear, it does not miss."""
     run = tmp_path / "run"

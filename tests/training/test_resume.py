@@ -134,7 +134,7 @@ def test_half_a_line_in_the_log(digits, tmp_path, differences):
     assert differences(tmp_path / "run", digits.reference()) == []
 
 
-@pytest.mark.parametrize("name", ["lightning", "dropout"])
+@pytest.mark.parametrize("name", ["lightning", pytest.param("dropout", marks=pytest.mark.slow)])
 def test_nothing_reads_the_global_random_state(digits, tmp_path, differences, between_steps, name):
     options = {"epochs": 1.5, **VARIANTS[name]}
 

@@ -12,9 +12,8 @@ from pellucid.errors import Stopped
 from pellucid.training.recorder import Recorder, StopFlag
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=lambda s: s.name
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
 def test_a_stopped_program_saves_and_says_how_to_go_on(digits, tmp_path, differences, train_command, number):
     run = tmp_path / "run"
     arguments = ["--out", str(run), "--model", "crate_digits", "--depth", "2", "--epochs", "6", "--no-report"]

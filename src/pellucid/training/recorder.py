@@ -19,12 +19,13 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from pellucid.errors import CheckpointError, Collapsed, NumericsError, ResourceError, Stopped
+from pellucid.errors import CheckpointError, Collapsed, NumericsError, ResourceError, StepTooLong, Stopped
 from pellucid.regular import read_regular
 from pellucid.training.checkpoint import save_checkpoint, save_sharded, saving, thread_fingerprint, write_file
 from pellucid.training.health import Verdict
 from pellucid.training.learner import Learner
 from pellucid.training.objective import Held
+from pellucid.training.step_lengths import LIMIT, SAFE, step_lengths
 
 SAVE_SECONDS = 600.0
 
@@ -139,6 +140,7 @@ class Recorder:
         max_skipped: steps of any 1,000 that may be left out.
         list_batch: writes down what a step was made of, given its number and the reason; returns the file.
         stop_on_collapse: end when the objective's verdict is that its features have collapsed.
+        ista_bound: ``stop`` when a step of ISTA is so long that its LASSO may rise, or only ``warn``.
         waited: seconds that the loop has waited for data so far.
         units_per_step, unit: of all ranks, for the throughput.
         writes: False on all ranks but one.
@@ -161,6 +163,7 @@ class Recorder:
         max_skipped: int = 0,
         list_batch: Callable[[int, str], Path] | None = None,
         stop_on_collapse: bool = False,
+        ista_bound: str = "warn",
         waited: Callable[[], float] = lambda: 0.0,
         units_per_step: int = 0,
         unit: str = "images",
@@ -174,6 +177,9 @@ class Recorder:
         self.data, self.stop, self.writes = data, stop, writes
         self.sharded, self.stop_on_collapse = sharded, stop_on_collapse
         self.clock = Throughput(waited, units_per_step, unit)
+        self.ista_bound = ista_bound
+        self.lengths: dict[str, float] = {}
+        self.warned = 0.0
         self.history: list[dict[str, float]] = []
         self.health: Verdict | None = None
         self.refused = False  # to save a state that is not finite
@@ -219,14 +225,22 @@ class Recorder:
         late = time.monotonic() - self.saved_at > SAVE_SECONDS
         # Right after a verdict only: a run that is resumed all the same has until the next one.
         collapsed = judged and self.stop_on_collapse and self._collapsed()
+        too_long = judged and not last and self.ista_bound == "stop" and self._longest() >= LIMIT
         # All ranks stop after the same step.
-        stopping = self.learner.any_rank(bool(self.stop.name) or collapsed)
+        stopping = self.learner.any_rank(bool(self.stop.name) or collapsed or too_long)
         if step % self.save_every == 0 or last or late or stopping:
             self.save()
         if collapsed and self.health is not None:
             raise Collapsed(
                 f"{self.health.text} - stopped after step {step}, which is saved in {self.out}\n"
                 f"take a lower --lr and --matrix-lr or a larger batch, or --objective simdino with its gamma"
+            )
+        if too_long:
+            raise StepTooLong(
+                f"{self._about_lengths(LIMIT)}: nothing says that such a step lowers its LASSO - stopped "
+                f"after step {step}, which is saved in {self.out}\n"
+                f"go on all the same with --resume --ista-bound warn, or start again with a lower "
+                f"--matrix-lr or --model-arg step_size=..."
             )
         if stopping and not last:
             raise Stopped(
@@ -277,6 +291,7 @@ class Recorder:
                 return
             final = self.learner.step == self.learner.total_steps
             parts = objective.evaluate(weights, self.held(final))
+            self.lengths = step_lengths(objective.model, weights)
         of_training = {k: v for k, v in self.latest.items() if not k.startswith("test ")}
         self.latest |= {f"test {key}": value for key, value in parts.items()}
         self.history.append({**of_training, **parts, "step": self.learner.step})
@@ -284,6 +299,7 @@ class Recorder:
         self._show()
         told = {} if self.health is None else {"health": self.health.state, "verdict": self.health.text}
         self._write("test", {**parts, **told})
+        self._look_at_lengths()
         shown = ", ".join(f"{key} {value:.3f}" for key, value in self.latest.items())
         self.say(f"step {self.learner.step} of {self.learner.total_steps}: {shown}{self.clock.told()}")
         if self.health is not None:
@@ -351,6 +367,24 @@ class Recorder:
         self.latest |= means
         self._show()
         self._write("train", {**means, "lr_factor": self.learner.lr_factor})
+
+    def _look_at_lengths(self) -> None:
+        """Written down at every evaluation; told when the first step passes each of the two bounds."""
+        if self.lengths:
+            self._write("steps", self.lengths)
+        for bound, meaning in ((LIMIT, "its LASSO may rise"), (SAFE, "its LASSO still falls, up to 2")):
+            if self._longest() >= bound > self.warned:
+                self.tell(f"{self._about_lengths(bound)}: {meaning}")
+                self.warned = bound
+
+    def _longest(self) -> float:
+        return max(self.lengths.values(), default=0.0)
+
+    def _about_lengths(self, bound: float) -> str:
+        name = max(self.lengths, key=self.lengths.__getitem__)
+        others = sum(length >= bound for length in self.lengths.values()) - 1
+        beside = f" ({others} more are past {bound:.0f})" if others else ""
+        return f"{name}: the step of ISTA has grown to {self._longest():.2f}/||D||^2{beside}"
 
     def tell(self, line: str) -> None:
         """News that is worth a line on a terminal too."""

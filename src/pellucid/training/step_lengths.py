@@ -1,0 +1,31 @@
+"""How long ISTA's step is beside what its dictionary allows.
+
+Up to 1 in units of 1/||D||^2 a step minimises a bound from above; below 2 the LASSO still cannot rise from a
+feasible start; from 2 on nothing is promised. The step is a constant of the architecture, and training moves
+the dictionary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pellucid.steps import ISTA, StrictISTA
+
+SAFE, LIMIT = 1.0, 2.0
+
+
+def step_lengths(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
+    """Name -> eta ||D||^2 of every ISTA step of ``model`` whose length is fixed, with these weights.
+
+    A step that chooses its length by its dictionary is left out.
+    """
+    found = {}
+    for name, step in model.named_modules():
+        if isinstance(step, ISTA) and not isinstance(step, StrictISTA):
+            dictionary = weights[f"{name}.dictionary"].detach().float()
+            norm = torch.linalg.matrix_norm(dictionary, 2).item()
+            found[name.removesuffix(".coder")] = step.step_size * norm**2
+    return found
