@@ -95,7 +95,7 @@ def test_at_two_the_run_stops_and_can_go_on(tmp_path, train):
     assert "go on all the same with --resume --ista-bound warn, or start again" in message
     code, out, _ = train(run, 2.5, "--resume", "--ista-bound", "warn")
     assert code == 0
-    assert "ista_bound stop -> warn (allowed)" in out
+    assert "ista_bound auto -> warn (allowed)" in out
     assert train(tmp_path / "whole", 2.5, "--ista-bound", "warn")[0] == 0
     one, other = (load_file(path / "model" / "model.safetensors") for path in (run, tmp_path / "whole"))
     assert all(torch.equal(one[name], value) for name, value in other.items())

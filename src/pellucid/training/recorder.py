@@ -140,7 +140,7 @@ class Recorder:
         max_skipped: steps of any 1,000 that may be left out.
         list_batch: writes down what a step was made of, given its number and the reason; returns the file.
         stop_on_collapse: end when the objective's verdict is that its features have collapsed.
-        ista_bound: ``stop`` when a step of ISTA is so long that its LASSO may rise, or only ``warn``.
+        stop_past_bound: end when a step of ISTA is so long that its LASSO may rise; else that is only said.
         waited: seconds that the loop has waited for data so far.
         units_per_step, unit: of all ranks, for the throughput.
         writes: False on all ranks but one.
@@ -163,7 +163,7 @@ class Recorder:
         max_skipped: int = 0,
         list_batch: Callable[[int, str], Path] | None = None,
         stop_on_collapse: bool = False,
-        ista_bound: str = "warn",
+        stop_past_bound: bool = False,
         waited: Callable[[], float] = lambda: 0.0,
         units_per_step: int = 0,
         unit: str = "images",
@@ -177,7 +177,7 @@ class Recorder:
         self.data, self.stop, self.writes = data, stop, writes
         self.sharded, self.stop_on_collapse = sharded, stop_on_collapse
         self.clock = Throughput(waited, units_per_step, unit)
-        self.ista_bound = ista_bound
+        self.stop_past_bound = stop_past_bound
         self.lengths: dict[str, float] = {}
         self.warned = 0.0
         self.history: list[dict[str, float]] = []
@@ -225,7 +225,7 @@ class Recorder:
         late = time.monotonic() - self.saved_at > SAVE_SECONDS
         # Right after a verdict only: a run that is resumed all the same has until the next one.
         collapsed = judged and self.stop_on_collapse and self._collapsed()
-        too_long = judged and not last and self.ista_bound == "stop" and self._longest() >= LIMIT
+        too_long = judged and not last and self.stop_past_bound and self._longest() >= LIMIT
         # All ranks stop after the same step.
         stopping = self.learner.any_rank(bool(self.stop.name) or collapsed or too_long)
         if step % self.save_every == 0 or last or late or stopping:
