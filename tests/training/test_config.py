@@ -25,7 +25,7 @@ OTHER = {
     "init_from": "there", "new_head": True, "max_bad": 0.5, "download": True, "data_root": "root",
     "threads": 2, "engine": "plain", "accelerator": "cpu", "devices": 2, "nodes": 2,
     "strategy": "fsdp", "checkpoint_format": "sharded", "data_timeout": 5, "max_skipped": 1, "exact": 4,
-    "ista_bound": "warn",
+    "ista_bound": "stop",
 }  # fmt: skip
 """A valid value of every option that is not its default."""
 

@@ -138,7 +138,7 @@ def test_good_runs_are_called_healthy(digits, tmp_path, name):
 @pytest.mark.parametrize("name", slow_but(BAD, {"absurd rates"}))
 def test_runs_that_are_not_well_are_called_out(digits, tmp_path, name):
     try:
-        run = digits.train(tmp_path / "run", **{**SHORT, "ista_bound": "warn", **BAD[name]})
+        run = digits.train(tmp_path / "run", **{**SHORT, **BAD[name]})
     except NumericsError:
         return
     found = states(run)

@@ -76,27 +76,26 @@ def test_past_one_it_is_told_once(tmp_path, train):
     assert code == 0
     told = [line for line in (out + err).splitlines() if "||D||" in line]
     assert len(told) == 1
-    assert "has grown to 1." in told[0]
-    assert told[0].endswith("/||D||^2 (1 more are past 1): its LASSO still falls, up to 2")
+    assert ": its step of ISTA is at 1." in told[0]
+    assert told[0].endswith("/||D||^2 (1 more past 1); below 2 it lowers its LASSO from any feasible start")
 
 
 def test_at_two_the_run_stops_and_can_go_on(tmp_path, train):
     run = tmp_path / "run"
-    code, _, err = train(run, 2.5)
+    code, _, err = train(run, 2.5, "--ista-bound", "stop")
     assert code == 5
     message = err[err.index("error: ") :]
     assert "Traceback" not in message
-    assert ": the step of ISTA has grown to 3." in message
+    assert ": its step of ISTA is at 3." in message
     assert (
-        "/||D||^2 (1 more are past 2): nothing says that such a step lowers its LASSO - stopped after "
-        in message
+        "/||D||^2 (1 more past 2): nothing says that such a step lowers its LASSO - stopped after " in message
     )
     assert f"step 11, which is saved in {run}\n" in message
     assert "go on all the same with --resume --ista-bound warn, or start again" in message
     code, out, _ = train(run, 2.5, "--resume", "--ista-bound", "warn")
     assert code == 0
-    assert "ista_bound auto -> warn (allowed)" in out
-    assert train(tmp_path / "whole", 2.5, "--ista-bound", "warn")[0] == 0
+    assert "ista_bound stop -> warn (allowed)" in out
+    assert train(tmp_path / "whole", 2.5)[0] == 0
     one, other = (load_file(path / "model" / "model.safetensors") for path in (run, tmp_path / "whole"))
     assert all(torch.equal(one[name], value) for name, value in other.items())
     assert len(log(run, "steps")) == len(log(tmp_path / "whole", "steps")) == 2

@@ -22,7 +22,7 @@ Engine = Literal["lightning", "plain"]
 Accelerator = Literal["auto", "cpu", "gpu", "cuda", "mps"]
 Strategy = Literal["auto", "ddp", "fsdp"]
 CheckpointFormat = Literal["whole", "sharded"]
-IstaBound = Literal["auto", "stop", "warn"]
+IstaBound = Literal["warn", "stop"]
 
 FREE = {"out", "workers", "threads", "save_every", "download", "data_root", "engine", "data_timeout"}
 FREE |= {"accelerator", "devices", "nodes", "strategy", "checkpoint_format", "stop_on_collapse"}
@@ -82,8 +82,7 @@ class TrainConfig:
         exact: parts that a batch is cut into whatever the number of processes, a power of two: 1, 2, 4, ...
             processes up to it, and any change between them, then give the same bits; 0 does without.
         workers: processes that read images.
-        ista_bound: when a layer's step of ISTA reaches 2/||D||^2: ``stop``, all saved, or ``warn``; ``auto``
-            stops on images and warns on texts, whose models begin at 1/||D||^2.
+        ista_bound: when a layer's step of ISTA reaches 2/||D||^2: ``warn``, or ``stop``, all saved.
         data_timeout: seconds for one of them to answer.
         max_skipped: steps of any 1,000 that may be left out because a number was not finite, before the run
             stops.
@@ -131,7 +130,7 @@ class TrainConfig:
     vocab_size: int = 8192
     cross_documents: bool = False
     stop_on_collapse: bool = False
-    ista_bound: IstaBound = "auto"
+    ista_bound: IstaBound = "warn"
     precision: Precision = "32"
     accumulate: int = 1
     exact: int = 0

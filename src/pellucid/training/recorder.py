@@ -372,9 +372,12 @@ class Recorder:
         """Written down at every evaluation; told when the first step passes each of the two bounds."""
         if self.lengths:
             self._write("steps", self.lengths)
-        for bound, meaning in ((LIMIT, "its LASSO may rise"), (SAFE, "its LASSO still falls, up to 2")):
+        for bound, meaning in (
+            (LIMIT, "from 2 on nothing proves that it lowers its LASSO, which pellucid audit measures"),
+            (SAFE, "below 2 it lowers its LASSO from any feasible start"),
+        ):
             if self._longest() >= bound > self.warned:
-                self.tell(f"{self._about_lengths(bound)}: {meaning}")
+                self.tell(f"{self._about_lengths(bound)}; {meaning}")
                 self.warned = bound
 
     def _longest(self) -> float:
@@ -383,8 +386,8 @@ class Recorder:
     def _about_lengths(self, bound: float) -> str:
         name = max(self.lengths, key=self.lengths.__getitem__)
         others = sum(length >= bound for length in self.lengths.values()) - 1
-        beside = f" ({others} more are past {bound:.0f})" if others else ""
-        return f"{name}: the step of ISTA has grown to {self._longest():.2f}/||D||^2{beside}"
+        beside = f" ({others} more past {bound:.0f})" if others else ""
+        return f"{name}: its step of ISTA is at {self._longest():.2f}/||D||^2{beside}"
 
     def tell(self, line: str) -> None:
         """News that is worth a line on a terminal too."""

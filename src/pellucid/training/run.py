@@ -434,8 +434,7 @@ def _train(setting: Setting, out: Path, stop: StopFlag, resume: bool, progress: 
         max_skipped=config.max_skipped,
         list_batch=setting.list_batch,
         stop_on_collapse=config.stop_on_collapse,
-        stop_past_bound=config.ista_bound == "stop"
-        or (config.ista_bound == "auto" and material.unit == "images"),
+        stop_past_bound=config.ista_bound == "stop",
         waited=lambda: setting.waited[0],
         units_per_step=config.batch_size * material.units,
         unit=material.unit,
