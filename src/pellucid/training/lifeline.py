@@ -62,7 +62,7 @@ class Lifeline:
         self._first_is_alive = True
         self._lost, self._left, self._lock = threading.Event(), threading.Event(), threading.Lock()
         self._peers: dict[int, socket.socket] = {}
-        self._here: dict[int, int] = {}
+        self._local: dict[int, int] = {}  # of peers on this machine, the kernel's number
         self._gone_well: set[int] = set()
 
     def __enter__(self) -> Lifeline:
@@ -154,7 +154,7 @@ class Lifeline:
     def _hold(self, number: int, peer: socket.socket, whereabouts: str) -> None:
         machine, _, process = whereabouts.rpartition(":")
         if machine and machine == _whereabouts().rpartition(":")[0]:
-            self._here[number] = int(process)
+            self._local[number] = int(process)
         peer.settimeout(BEAT)
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         # A machine that loses its power closes nothing: ask after 10 s of silence, and again.
@@ -215,17 +215,10 @@ class Lifeline:
         """It may be stopped, and would keep its memory. Its connection is open, so its number is its own."""
         self._first_is_alive = number != 0
         cause = f"process {number} of {world()} has given no sign of life for {missing * BEAT:.0f} s"
-        with self._lock:
-            known = self.cause is not None
-        if number in self._here and not known:
+        if number in self._local:
             cause += " and was ended"
-            threading.Timer(POLL, self._kill, (self._here[number],)).start()  # once the cause is known
+            threading.Timer(POLL, _kill, (self._local[number],)).start()  # once the cause is known
         self.lose(cause)
-
-    @staticmethod
-    def _kill(process: int) -> None:
-        with contextlib.suppress(OSError):
-            os.kill(process, signal.SIGKILL)
 
     def _watch_children(self, children: Sequence[subprocess.Popen[Any]]) -> None:
         while not self._left.wait(POLL):
@@ -259,6 +252,11 @@ def quiet() -> Iterator[None]:
     finally:
         for line in list(_held):
             line._tell(ALIVE)
+
+
+def _kill(process: int) -> None:
+    with contextlib.suppress(OSError):
+        os.kill(process, signal.SIGKILL)
 
 
 def _whereabouts() -> str:
