@@ -638,7 +638,7 @@ def test_a_killed_or_hung_process_ends_the_job(number, victim, launcher, tmp_pat
     assert error.count("error: ") == 1, error
     said = r"is gone|was killed by SIGKILL"
     if number == signal.SIGSTOP:
-        said = r"has given no sign of life for 7 s and was ended"
+        said = r"has given no sign of life for 6 s and was ended"
     assert re.search(rf"error: process {victim}\b.* ({said})", error), error
     assert re.search(r"last good checkpoint: step-\d{8} in \S+ - run the same command with --resume", error)
     assert state(run).step >= 10

@@ -56,7 +56,7 @@ class Lifeline:
         grace: seconds.
     """
 
-    def __init__(self, remedy: Callable[[], str], patience: float = 7.0, grace: float = 5.0) -> None:
+    def __init__(self, remedy: Callable[[], str], patience: float = 6.0, grace: float = 5.0) -> None:
         self.remedy, self.patience, self.grace = remedy, patience, grace
         self.cause: str | None = None
         self._first_is_alive = True
