@@ -377,6 +377,20 @@ def test_every_flipped_bit_is_noticed(pair, file):
         assert load_checkpoint(pair.parent).step == 10, position
 
 
+def test_without_its_manifest_a_flipped_bit_would_go_unnoticed(pair, monkeypatch):
+    """What the tests above say of a checkpoint whose digests nobody compares."""
+    good = load_checkpoint(pair.parent)
+    path = pair / "state.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert load_checkpoint(pair.parent).step == 10
+    monkeypatch.setattr(checkpoint, "_damage", lambda folder: None)
+    bad = load_checkpoint(pair.parent)
+    assert (bad.step, good.step) == (20, 20)
+    assert not all(torch.equal(bad.tensors[name], value) for name, value in good.tensors.items())
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_a_missing_file_is_noticed(pair, file):
     (pair / file).unlink()
