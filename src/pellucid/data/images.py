@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -73,20 +73,16 @@ def read_image(
     """
     with _rejections(source), _opened(source, max_pixels) as picture:
         picture.load()
-        upright = _ORIENTATIONS.get(_orientation(picture))
-        flat = _to_8_bit(picture, background)
-        pixels = np.array(flat if upright is None else flat.transpose(upright))
-    if pixels.ndim == 2:
-        return torch.from_numpy(pixels)[None]
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        upright = _UPRIGHT.get(_orientation(picture))
+        pixels = torch.from_numpy(_pixels(picture, background))
+    return pixels if upright is None else upright(pixels).contiguous()
 
 
 def read_header(source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
     """What a picture is, without decoding it. Raises ImageRejected for what the header already shows."""
     with _rejections(source), _opened(source, max_pixels) as picture:
         kind = _kind(picture)
-        channels = 1 if picture.mode in _GRAY or picture.mode in _GRAY_16 else 3
-        return Header(kind, channels, picture.height, picture.width)
+        return Header(kind, _channels(picture), picture.height, picture.width)
 
 
 def too_large(pixels: int, max_pixels: int) -> str | None:
@@ -144,15 +140,19 @@ _EXTENSION_OF = {
     **{"TIFF": "tif", "WEBP": "webp", "PPM": "ppm", "JPEG2000": "jp2"},
 }
 
-_ORIENTATIONS = {  # EXIF orientation -> what makes the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+_UPRIGHT: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {  # EXIF orientation -> what undoes it
+    2: lambda pixels: pixels.flip(-1),
+    3: lambda pixels: pixels.flip(-1, -2),
+    4: lambda pixels: pixels.flip(-2),
+    5: lambda pixels: pixels.mT,
+    6: lambda pixels: pixels.rot90(-1, (-2, -1)),
+    7: lambda pixels: pixels.mT.flip(-1, -2),
+    8: lambda pixels: pixels.rot90(1, (-2, -1)),
 }
+
+_BAND = 1 << 20
+"""Pixels that are made 8-bit at once: a large picture stands in memory as Pillow has it and as it is given,
+and not at every stage between them."""
 
 
 @contextmanager
@@ -237,10 +237,29 @@ def _orientation(picture: Image.Image) -> int:
         return 1
 
 
+def _pixels(picture: Image.Image, background: tuple[int, int, int]) -> np.ndarray:
+    """uint8 (c, h, w) of a picture that is loaded, not turned."""
+    if picture.mode in _GRAY_16:
+        _check_16_bit(picture)
+    pixels = np.empty((_channels(picture), picture.height, picture.width), np.uint8)
+    rows = max(1, _BAND // max(1, picture.width))
+    for top in range(0, picture.height, rows):
+        bottom = min(top + rows, picture.height)
+        band = picture if rows >= picture.height else picture.crop((0, top, picture.width, bottom))
+        flat = np.asarray(_to_8_bit(band, background))
+        pixels[:, top:bottom] = flat if flat.ndim == 2 else flat.transpose(2, 0, 1)
+    return pixels
+
+
+def _channels(picture: Image.Image) -> int:
+    return 1 if picture.mode in _GRAY or picture.mode in _GRAY_16 else 3
+
+
 def _to_8_bit(picture: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """Mode L or RGB, in the range 0..255, nothing transparent."""
     if picture.mode in _GRAY_16:
-        return _from_16_bit(picture)
+        values = np.asarray(picture).astype(np.int64)
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
     target = "L" if picture.mode in _GRAY else "RGB"
     if picture.has_transparency_data:
         paper = Image.new("RGBA", picture.size, (*background, 255))
@@ -248,12 +267,11 @@ def _to_8_bit(picture: Image.Image, background: tuple[int, int, int]) -> Image.I
     return picture if picture.mode == target else picture.convert(target)  # which copies even then
 
 
-def _from_16_bit(picture: Image.Image) -> Image.Image:
-    values = np.asarray(picture).astype(np.int64)
+def _check_16_bit(picture: Image.Image) -> None:
+    values = np.asarray(picture)
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:
         raise ImageRejected(f"32-bit pixels {low}..{high} are outside 0..65535; save it as 16 bit")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 
 def _kind(picture: Image.Image) -> str:
