@@ -243,7 +243,7 @@ def test_bands_leave_no_seam(rows, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "I;16"])
 def test_a_large_picture_is_held_twice(mode):
-    """In four bytes of a pixel as Pillow has it and in three as it is given; the rest is what a band takes."""
+    """In four bytes of a pixel as Pillow has it, in three as it is given; the rest is what a band takes."""
     file = io.BytesIO()
     Image.new(mode, (5000, 4000)).save(file, "PNG", compress_level=1)
     Path("/proc/self/clear_refs").write_text("5")
