@@ -64,11 +64,11 @@ def test_a_short_step_is_logged_and_nothing_is_said(tmp_path, train):
     code, out, err = train(tmp_path / "run", 0.1)
     assert code == 0
     assert "||D||" not in out + err
-    lines = log(tmp_path / "run", "steps")
-    assert [line["step"] for line in lines] == [line["step"] for line in log(tmp_path / "run", "test")]
+    lines = log(tmp_path / "run", "test")
+    assert len(lines) == 2
     for line in lines:
-        assert 0.1 < line["layers.0.sparsify"] < 1
-        assert 0.1 < line["layers.1.sparsify"] < 1
+        assert 0.1 < line["ISTA step, layers.0.sparsify"] < 1
+        assert 0.1 < line["ISTA step, layers.1.sparsify"] < 1
 
 
 def test_past_one_it_is_told_once(tmp_path, train):
@@ -98,4 +98,11 @@ def test_at_two_the_run_stops_and_can_go_on(tmp_path, train):
     assert train(tmp_path / "whole", 2.5)[0] == 0
     one, other = (load_file(path / "model" / "model.safetensors") for path in (run, tmp_path / "whole"))
     assert all(torch.equal(one[name], value) for name, value in other.items())
-    assert len(log(run, "steps")) == len(log(tmp_path / "whole", "steps")) == 2
+    assert log(run, "test") == log(tmp_path / "whole", "test")
+
+
+def test_a_dictionary_that_is_not_finite_has_no_length():
+    model = create_model("crate_digits", depth=2)
+    weights = dict(model.named_parameters())
+    weights["layers.0.sparsify.dictionary"] = torch.full((64, 64), torch.nan)
+    assert list(step_lengths(model, weights)) == ["layers.1.sparsify"]

@@ -298,7 +298,8 @@ class Recorder:
         self.health = self.learner.objective.verdict(self.history)
         self._show()
         told = {} if self.health is None else {"health": self.health.state, "verdict": self.health.text}
-        self._write("test", {**parts, **told})
+        lengths = {f"ISTA step, {name}": length for name, length in self.lengths.items()}
+        self._write("test", {**parts, **told, **lengths})
         self._look_at_lengths()
         shown = ", ".join(f"{key} {value:.3f}" for key, value in self.latest.items())
         self.say(f"step {self.learner.step} of {self.learner.total_steps}: {shown}{self.clock.told()}")
@@ -369,9 +370,7 @@ class Recorder:
         self._write("train", {**means, "lr_factor": self.learner.lr_factor})
 
     def _look_at_lengths(self) -> None:
-        """Written down at every evaluation; told when the first step passes each of the two bounds."""
-        if self.lengths:
-            self._write("steps", self.lengths)
+        """Told when the first step passes each of the two bounds."""
         for bound, meaning in (
             (LIMIT, "from 2 on nothing proves that it lowers its LASSO, which pellucid audit measures"),
             (SAFE, "below 2 it lowers its LASSO from any feasible start"),

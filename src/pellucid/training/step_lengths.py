@@ -20,12 +20,15 @@ SAFE, LIMIT = 1.0, 2.0
 def step_lengths(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
     """Name -> eta ||D||^2 of every ISTA step of ``model`` whose length is fixed, with these weights.
 
-    A step that chooses its length by its dictionary is left out.
+    A step that chooses its length by its dictionary is left out, and one whose dictionary is not finite.
     """
     found = {}
     for name, step in model.named_modules():
         if isinstance(step, ISTA) and not isinstance(step, StrictISTA):
-            dictionary = weights[f"{name}.dictionary"].detach().float()
-            norm = torch.linalg.matrix_norm(dictionary, 2).item()
-            found[name.removesuffix(".coder")] = step.step_size * norm**2
+            dictionary = weights[f"{name}.dictionary"].detach().cpu().double()
+            if torch.isfinite(dictionary).all():
+                wide = dictionary.shape[0] <= dictionary.shape[1]
+                gram = dictionary @ dictionary.mT if wide else dictionary.mT @ dictionary
+                square = torch.linalg.eigvalsh(gram)[-1].item()  # sooner than ||D||
+                found[name.removesuffix(".coder")] = step.step_size * square
     return found
