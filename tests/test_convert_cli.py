@@ -187,6 +187,7 @@ def test_a_folder_is_only_replaced_when_asked(file, tmp_path, capsys):
     refused(capsys, ["convert", file, "-o", file, "--overwrite"], "is not a model/ folder")
 
 
+@pytest.mark.slow
 def test_a_failed_write_leaves_the_old_model(file, tmp_path, capsys, monkeypatch):
     out = tmp_path / "crate"
     argv = ["convert", file, "-o", out, "--model-arg", "num_heads=4"]

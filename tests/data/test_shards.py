@@ -375,7 +375,7 @@ packing.pack(load_data(sys.argv[1]), sys.argv[2], max_shard_mb=0.02, progress=st
 """
 
 
-@pytest.mark.parametrize("after", [15, 24, -1])
+@pytest.mark.parametrize("after", [15, pytest.param(24, marks=pytest.mark.slow), -1])
 def test_a_killed_packer_leaves_nothing_that_looks_whole(pets, tmp_path, after):
     out = tmp_path / "out"
     command = [sys.executable, "-c", KILLED, str(pets), str(out), str(after)]

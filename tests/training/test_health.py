@@ -147,6 +147,7 @@ def test_runs_that_are_not_well_are_called_out(digits, tmp_path, name):
     assert "healthy" not in found[2:]
 
 
+@pytest.mark.slow
 def test_a_collapse_ends_a_run_that_was_asked_to_which_can_go_on(digits, tmp_path, differences):
     """On to the next verdict; and without the question, to the end that it would have had."""
     bad = {**SHORT, **BAD["no rate, no stop-gradient"]}

@@ -243,7 +243,10 @@ def test_cut_up_clipping_and_averaging_are_the_same(together):
         assert furthest(of_model(found), of_model(alone)) <= 3e-5
 
 
-@pytest.mark.parametrize("way", [("fsdp", "alone"), ("alone", "fsdp"), ("fsdp", "fsdp")], ids=" to ".join)
+WAYS = [("fsdp", "alone"), ("alone", "fsdp"), pytest.param(("fsdp", "fsdp"), marks=slow)]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=" to ".join)
 def test_a_state_goes_from_cut_up_to_whole_and_back(way, together):
     make, batch = OBJECTIVES["simdinov2"]
 
