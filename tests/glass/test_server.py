@@ -298,6 +298,14 @@ def test_nothing_outside_the_folder_is_read(client, shelf_root):
         assert b"SECRET" not in response.content
 
 
+def test_of_istas_steps_the_longest_is_drawn(shelf_root):
+    line = {"step": 1, "split": "test", "longest ISTA step": 1.5, "ISTA step, layers.0.sparsify": 1.5}
+    (shelf_root / "done" / "metrics.jsonl").write_text(json.dumps(line))
+    shelf = Shelf(shelf_root)
+    done = next(run["id"] for run in shelf.list()["runs"] if run["name"] == "done")
+    assert list(shelf.curves(done)["test"]) == ["step", "longest ISTA step"]
+
+
 def test_a_long_log_is_thinned_to_its_ends(shelf_root):
     lines = [json.dumps({"step": s, "split": "train", "loss": float(s)}) for s in range(1, 10_001)]
     (shelf_root / "done" / "metrics.jsonl").write_text("\n".join(lines))

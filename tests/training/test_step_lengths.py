@@ -69,6 +69,8 @@ def test_a_short_step_is_logged_and_nothing_is_said(tmp_path, train):
     for line in lines:
         assert 0.1 < line["ISTA step, layers.0.sparsify"] < 1
         assert 0.1 < line["ISTA step, layers.1.sparsify"] < 1
+        both = (line["ISTA step, layers.0.sparsify"], line["ISTA step, layers.1.sparsify"])
+        assert line["longest ISTA step"] == max(both)
 
 
 def test_past_one_it_is_told_once(tmp_path, train):

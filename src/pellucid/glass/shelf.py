@@ -17,6 +17,7 @@ from pellucid.data import show_name
 from pellucid.errors import PellucidError
 from pellucid.regular import open_regular, read_json, read_regular
 from pellucid.training import read_config
+from pellucid.training.step_lengths import OF_A_LAYER
 
 MAX_RUNS = 200
 MAX_POINTS = 1500
@@ -174,11 +175,15 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _columns(lines: list[dict[str, Any]], split: str) -> dict[str, np.ndarray]:
-    """Every number of these lines as a column over ``step``, NaN where a line has none."""
+    """Every number of these lines as a column over ``step``, NaN where a line has none.
+
+    Of ISTA's steps the longest only: a chart for each layer would bury the others.
+    """
     kept = [line for line in lines if line.get("split") == split and _number(line.get("step")) is not None]
     if len(kept) > MAX_POINTS:
         kept = [kept[round(i)] for i in np.linspace(0, len(kept) - 1, MAX_POINTS)]
     keys = dict.fromkeys(key for line in kept for key, value in line.items() if _number(value) is not None)
+    keys = {key: None for key in keys if not key.startswith(OF_A_LAYER)}
     return {
         key: np.array([np.nan if (v := _number(line.get(key))) is None else v for line in kept], np.float32)
         for key in keys

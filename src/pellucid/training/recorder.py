@@ -25,7 +25,7 @@ from pellucid.training.checkpoint import save_checkpoint, save_sharded, saving, 
 from pellucid.training.health import Verdict
 from pellucid.training.learner import Learner
 from pellucid.training.objective import Held
-from pellucid.training.step_lengths import LIMIT, SAFE, step_lengths
+from pellucid.training.step_lengths import LIMIT, LONGEST, OF_A_LAYER, SAFE, step_lengths
 
 SAVE_SECONDS = 600.0
 
@@ -298,8 +298,9 @@ class Recorder:
         self.health = self.learner.objective.verdict(self.history)
         self._show()
         told = {} if self.health is None else {"health": self.health.state, "verdict": self.health.text}
-        lengths = {f"ISTA step, {name}": length for name, length in self.lengths.items()}
-        self._write("test", {**parts, **told, **lengths})
+        lengths = {OF_A_LAYER + name: length for name, length in self.lengths.items()}
+        longest = {LONGEST: self._longest()} if lengths else {}
+        self._write("test", {**parts, **told, **longest, **lengths})
         self._look_at_lengths()
         shown = ", ".join(f"{key} {value:.3f}" for key, value in self.latest.items())
         self.say(f"step {self.learner.step} of {self.learner.total_steps}: {shown}{self.clock.told()}")

@@ -16,6 +16,9 @@ from pellucid.steps import ISTA, StrictISTA
 
 SAFE, LIMIT = 1.0, 2.0
 
+LONGEST, OF_A_LAYER = "longest ISTA step", "ISTA step, "
+"""What the log calls the longest of a model, and, with the layer's name behind it, each."""
+
 
 def step_lengths(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
     """Name -> eta ||D||^2 of every ISTA step of ``model`` whose length is fixed, with these weights.
