@@ -26,9 +26,9 @@ def train(capsys):
     return run
 
 
-def log(run, split):
+def log(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["split"] == split]
+    return [line for line in lines if line["split"] == "test"]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_short_step_is_logged_and_nothing_is_said(tmp_path, train):
     code, out, err = train(tmp_path / "run", 0.1)
     assert code == 0
     assert "||D||" not in out + err
-    lines = log(tmp_path / "run", "test")
+    lines = log(tmp_path / "run")
     assert len(lines) == 2
     for line in lines:
         assert 0.1 < line["ISTA step, layers.0.sparsify"] < 1
@@ -100,7 +100,7 @@ def test_at_two_the_run_stops_and_can_go_on(tmp_path, train):
     assert train(tmp_path / "whole", 2.5)[0] == 0
     one, other = (load_file(path / "model" / "model.safetensors") for path in (run, tmp_path / "whole"))
     assert all(torch.equal(one[name], value) for name, value in other.items())
-    assert log(run, "test") == log(tmp_path / "whole", "test")
+    assert log(run) == log(tmp_path / "whole")
 
 
 def test_a_dictionary_that_is_not_finite_has_no_length():

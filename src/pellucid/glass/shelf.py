@@ -182,8 +182,8 @@ def _columns(lines: list[dict[str, Any]], split: str) -> dict[str, np.ndarray]:
     kept = [line for line in lines if line.get("split") == split and _number(line.get("step")) is not None]
     if len(kept) > MAX_POINTS:
         kept = [kept[round(i)] for i in np.linspace(0, len(kept) - 1, MAX_POINTS)]
-    keys = dict.fromkeys(key for line in kept for key, value in line.items() if _number(value) is not None)
-    keys = {key: None for key in keys if not key.startswith(OF_A_LAYER)}
+    numbers = (key for line in kept for key, value in line.items() if _number(value) is not None)
+    keys = dict.fromkeys(key for key in numbers if not key.startswith(OF_A_LAYER))
     return {
         key: np.array([np.nan if (v := _number(line.get(key))) is None else v for line in kept], np.float32)
         for key in keys

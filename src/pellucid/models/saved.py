@@ -128,15 +128,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         with open_regular(path) as file:
             magic = file.read(9)
         # A safetensors file begins with the length of its header, which may look like a pickle's first bytes.
-        if magic[8:] != b"{" and (
+        pickled = magic[8:] != b"{" and (
             magic[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or magic[:4] == b"PK\x03\x04"
-        ):
-            raise CheckpointError(
-                f"refused: {path} is a pickle, which can run code when loaded - use a safetensors file"
-            )
-        return load_file(path)
-    except CheckpointError:  # which is a ValueError
-        raise
+        )
+        if not pickled:
+            return load_file(path)
     except SafetensorError as error:
         raise CheckpointError(
             f"{path} is damaged or not a safetensors file ({short(error)}) - get it again"
@@ -147,6 +143,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ) from error
     except OSError as error:
         raise CheckpointError(f"cannot read weights: {path} ({error.strerror or error})") from error
+    raise CheckpointError(
+        f"refused: {path} is a pickle, which can run code when loaded - use a safetensors file"
+    )
 
 
 def load_matched(model: nn.Module, state: Mapping[str, Tensor], where: str = "the weights") -> None:

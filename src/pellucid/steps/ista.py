@@ -88,8 +88,8 @@ class ISTA(Step):
 
     def max_step_size(self, num_tokens: int | None = None) -> float:
         """2/||D||^2, from the exact spectral norm."""
-        norm = torch.linalg.matrix_norm(self.dictionary.detach().float(), 2).item()
-        return 2 / norm**2 if norm > 0 else float("inf")
+        square = squared_norm(self.dictionary)
+        return 2 / square if square > 0 else float("inf")
 
     def _gradient_step(self, z: Tensor, x: Tensor) -> Tensor:
         residual = x - z @ self.dictionary.mT
@@ -124,6 +124,12 @@ class ISTA(Step):
         """C for callers in any precision, so made in full."""
         with full_precision(self.dictionary):
             return self._make_fold().to(self.dictionary.dtype)
+
+
+def squared_norm(dictionary: Float[Tensor, "d m"]) -> float:
+    """||D||^2, of the exact spectral norm."""
+    norm: float = torch.linalg.matrix_norm(dictionary.detach().float(), 2).item()
+    return norm**2
 
 
 class SoftISTA(ISTA):

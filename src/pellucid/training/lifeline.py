@@ -18,7 +18,6 @@ import subprocess
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -35,7 +34,7 @@ POLL = 0.2
 BEAT = 1.0
 """Seconds between signs of life."""
 
-ALIVE, QUIET = b".", b"-"
+ALIVE, QUIET = ".", "-"
 """Signs of life. Behind the second, none is to be expected for a while."""
 
 QUIET_FOR = 600
@@ -66,7 +65,7 @@ class Lifeline:
         self._gone_well: set[int] = set()
 
     def __enter__(self) -> Lifeline:
-        _held.add(self)
+        _active.add(self)
         # torchrun ends its processes when one fails, and our own launcher's go with the first: but a parent
         # that is killed ends nobody.
         if "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("LOCAL_RANK", 0)) > 0:
@@ -80,7 +79,7 @@ class Lifeline:
         if isinstance(error, Exception) and not ours and world() > 1:
             self._lost.wait(2.0)  # what a lost process breaks is noticed before the loss itself
         self._left.set()
-        _held.discard(self)
+        _active.discard(self)
         well = error is None or isinstance(error, Stopped)  # all processes stop together
         self._tell("" if well else self.cause or f"process {rank()} failed: {_in_a_line(error)}")
         for peer in self._peers.values():
@@ -139,11 +138,10 @@ class Lifeline:
     def _message(self) -> str:
         return f"{self.cause}: the others cannot go on without it\n{self.remedy()}"
 
-    def _tell(self, text: str | bytes) -> None:
-        line = (text.encode() if isinstance(text, str) else text) + b"\n"
+    def _tell(self, text: str) -> None:
         for peer in list(self._peers.values()):
             try:
-                peer.sendall(line)
+                peer.sendall(f"{text}\n".encode())
             except OSError:
                 continue  # it is gone, and whoever watches it knows
 
@@ -201,11 +199,11 @@ class Lifeline:
                 return
             missing = 0
             *lines, rest = (rest + more).split(b"\n")
-            for line in lines:
-                if line in (ALIVE, QUIET):
-                    most = QUIET_FOR if line == QUIET else self.patience / BEAT
-                elif line:
-                    self.lose(line.decode(errors="replace"))
+            for said in [line.decode(errors="replace") for line in lines]:
+                if said in (ALIVE, QUIET):
+                    most = QUIET_FOR if said == QUIET else self.patience / BEAT
+                elif said:
+                    self.lose(said)
                     return
                 else:
                     self._gone_well.add(number)
@@ -245,12 +243,12 @@ class Lifeline:
 def quiet() -> Iterator[None]:
     """Around what keeps other threads of this process from running, such as a long call that holds Python's
     lock: the other processes are not to take it for hung."""
-    for line in list(_held):
+    for line in list(_active):
         line._tell(QUIET)
     try:
         yield
     finally:
-        for line in list(_held):
+        for line in list(_active):
             line._tell(ALIVE)
 
 
@@ -263,7 +261,7 @@ def _whereabouts() -> str:
     """``machine:process``: where a process may be ended by its number. Without a machine where it may not."""
     try:
         booted = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{booted}/{os.readlink('/proc/self/ns/pid')}:{os.getpid()}".replace(" ", "")
+        return f"{booted}/{os.readlink('/proc/self/ns/pid')}:{os.getpid()}"
     except OSError:
         return f":{os.getpid()}"
 
@@ -297,7 +295,7 @@ def _is_here(address: str) -> bool:
         return address == "localhost"
 
 
-_held: weakref.WeakSet[Lifeline] = weakref.WeakSet()
+_active: set[Lifeline] = set()
 """Those around what this process does now."""
 
 _open: set[socket.socket] = set()

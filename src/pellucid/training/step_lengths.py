@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.steps import ISTA, StrictISTA
+from pellucid.steps.ista import squared_norm
 
 SAFE, LIMIT = 1.0, 2.0
 
@@ -28,10 +29,7 @@ def step_lengths(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, f
     found = {}
     for name, step in model.named_modules():
         if isinstance(step, ISTA) and not isinstance(step, StrictISTA):
-            dictionary = weights[f"{name}.dictionary"].detach().cpu().double()
+            dictionary = weights[f"{name}.dictionary"].cpu()
             if torch.isfinite(dictionary).all():
-                wide = dictionary.shape[0] <= dictionary.shape[1]
-                gram = dictionary @ dictionary.mT if wide else dictionary.mT @ dictionary
-                square = torch.linalg.eigvalsh(gram)[-1].item()  # sooner than ||D||
-                found[name.removesuffix(".coder")] = step.step_size * square
+                found[name.removesuffix(".coder")] = step.step_size * squared_norm(dictionary)
     return found
